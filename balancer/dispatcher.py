@@ -1,0 +1,166 @@
+"""The dispatcher: give it a request's id and tokens, get the rank to send it to. Sync and async.
+
+    dispatcher = Dispatcher.connect("redis://10.0.0.5:6379/0", pool="chat")
+    with dispatcher.booking("req-1", tokens=812) as placement:
+        send(request, to=placement.rank)        # raises? then the booking is released
+
+Any number of dispatchers, in any processes on any nodes, share the pool's state; one request is one EVAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+
+from balancer import protocol
+from balancer.breaker import Breaker
+from balancer.errors import NoRank
+from balancer.last_known import LastKnown
+from balancer.model import Placement, PoolSnapshot, Request
+from balancer.placing import Counters, Placing, perform, perform_async
+from balancer.settings import Settings
+from balancer.store import AsyncStore, Store
+
+
+def _placing(settings: Settings) -> Placing:
+    return Placing(settings.pool, settings.name, Breaker(settings.probe_ms), LastKnown())
+
+
+class Dispatcher:
+    """Places requests on the ranks of one pool. Safe to share between threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._store = Store(settings)
+        self._placing = _placing(settings)
+
+    @classmethod
+    def connect(
+        cls, url: str | None = None, pool: str | None = None, **settings: str | int | None
+    ) -> Dispatcher:
+        """A dispatcher for `pool` at `url`; what is not given comes from the environment (`balancer.settings`)."""
+        return cls(Settings.from_environment(None, url=url, pool=pool, **settings))
+
+    @property
+    def counters(self) -> Counters:
+        """How many requests went which way."""
+        return self._placing.counters
+
+    @property
+    def is_falling_back(self) -> bool:
+        """Whether Redis is taken to be away."""
+        return self._placing.breaker.is_open
+
+    def dispatch(self, request_id: str, tokens: int) -> Placement:
+        """Choose a rank for one request and book it there.
+
+        `request_id`: 1 to 512 bytes; a repeat returns the first placement. `tokens`: of the prompt, 1 to 2**31 - 1.
+        Raises `NoRank` with its reason, `InvalidInput`, or `Refused`; while Redis is away the answer comes from the
+        last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen.
+        """
+        return _single(self.dispatch_many([Request(request_id, tokens)]))
+
+    def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+        """Place a list of requests, one EVAL for every 256; the answers stand in the order given.
+
+        A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
+        """
+        return perform(self._placing.dispatch(list(requests)), self._store.run)
+
+    def release(self, *request_ids: str) -> int:
+        """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
+
+        Never raises for an absent Redis: then the bookings' lease ends them.
+        """
+        return perform(self._placing.release(request_ids), self._store.run)
+
+    @contextmanager
+    def booking(self, request_id: str, tokens: int) -> Iterator[Placement]:
+        """Dispatch for the length of a send: released where the body raises, left to the engine where it does not."""
+        placement = self.dispatch(request_id, tokens)
+        try:
+            yield placement
+        except BaseException:
+            self.release(request_id)
+            raise
+
+    def snapshot(self) -> PoolSnapshot:
+        """The pool as it is now, addresses of its engines included; not for the hot path."""
+        return self._store.run(protocol.snapshot(self._placing.pool))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._store.close()
+
+    def __enter__(self) -> Dispatcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class AsyncDispatcher:
+    """As `Dispatcher`, for one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._store = AsyncStore(settings)
+        self._placing = _placing(settings)
+
+    @classmethod
+    def connect(
+        cls, url: str | None = None, pool: str | None = None, **settings: str | int | None
+    ) -> AsyncDispatcher:
+        """See `Dispatcher.connect`."""
+        return cls(Settings.from_environment(None, url=url, pool=pool, **settings))
+
+    @property
+    def counters(self) -> Counters:
+        """How many requests went which way."""
+        return self._placing.counters
+
+    @property
+    def is_falling_back(self) -> bool:
+        """Whether Redis is taken to be away."""
+        return self._placing.breaker.is_open
+
+    async def dispatch(self, request_id: str, tokens: int) -> Placement:
+        """See `Dispatcher.dispatch`."""
+        return _single(await self.dispatch_many([Request(request_id, tokens)]))
+
+    async def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+        """See `Dispatcher.dispatch_many`."""
+        return await perform_async(self._placing.dispatch(list(requests)), self._store.run)
+
+    async def release(self, *request_ids: str) -> int:
+        """See `Dispatcher.release`."""
+        return await perform_async(self._placing.release(request_ids), self._store.run)
+
+    @asynccontextmanager
+    async def booking(self, request_id: str, tokens: int) -> AsyncIterator[Placement]:
+        """See `Dispatcher.booking`."""
+        placement = await self.dispatch(request_id, tokens)
+        try:
+            yield placement
+        except BaseException:
+            await self.release(request_id)
+            raise
+
+    async def snapshot(self) -> PoolSnapshot:
+        """See `Dispatcher.snapshot`."""
+        return await self._store.run(protocol.snapshot(self._placing.pool))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._store.aclose()
+
+    async def __aenter__(self) -> AsyncDispatcher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+def _single(answers: Sequence[Placement | NoRank]) -> Placement:
+    answer = answers[0]
+    if isinstance(answer, NoRank):
+        raise answer
+    return answer

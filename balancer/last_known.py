@@ -1,0 +1,70 @@
+"""What a dispatcher knows when Redis is away: the last loads it saw, and what it has dispatched itself since.
+
+The rule of the fallback: least loaded by that knowledge while it is young enough to mean something, after that round
+robin over the same ranks. The loads come with a dispatch's own answer (at most once per `refresh_ms`), so that knowing
+them costs no round trip and no thread. Thread-safe; the clock is an argument.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+REFRESH_MS = 1_000
+TRUST_MS = 30_000
+
+
+class LastKnown:
+    """Loads in tokens by rank, as last seen, plus this dispatcher's own dispatches since."""
+
+    def __init__(
+        self,
+        refresh_ms: int = REFRESH_MS,
+        trust_ms: int = TRUST_MS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._refresh_s, self._trust_s, self._clock = refresh_ms / 1000, trust_ms / 1000, clock
+        self._lock = threading.Lock()
+        self._loads: dict[str, int] = {}
+        self._ranks: list[str] = []
+        self._learned = float("-inf")
+        self._asked = float("-inf")
+        self._turn = 0
+
+    def wants_loads(self) -> bool:
+        """Whether the next dispatch should bring the loads along; True at most once per `refresh_ms`."""
+        now = self._clock()
+        if now - self._asked < self._refresh_s:
+            return False
+        self._asked = now
+        return True
+
+    def learn(self, loads: Mapping[str, int]) -> None:
+        """The loads of all eligible ranks, fresh from Redis. An empty pool teaches nothing."""
+        if not loads:
+            return
+        with self._lock:
+            self._loads = dict(loads)
+            self._ranks = sorted(loads)
+            self._learned = self._clock()
+
+    def add(self, rank: str, tokens: int) -> None:
+        """This dispatcher has sent `tokens` (or, negative, taken them back) to `rank`."""
+        with self._lock:
+            if rank in self._loads:
+                self._loads[rank] += tokens
+
+    def choose(self, tokens: int) -> tuple[str, int] | None:
+        """A rank and its load as far as known, with `tokens` now added to it; None where no rank was ever seen."""
+        with self._lock:
+            if not self._ranks:
+                return None
+            # Rotating where the search begins spreads ties.
+            self._turn = (self._turn + 1) % len(self._ranks)
+            order = self._ranks[self._turn :] + self._ranks[: self._turn]
+            young = self._clock() - self._learned < self._trust_s
+            rank = min(order, key=self._loads.__getitem__) if young else order[0]
+            load = self._loads[rank]
+            self._loads[rank] += tokens
+            return rank, load

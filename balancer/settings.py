@@ -1,0 +1,102 @@
+"""Settings of one process, from the environment or by argument; what a whole pool agrees on is `PoolSettings` in Redis.
+
+DP_BALANCER_URL              redis://[user:password@]host:port/db, rediss://…, unix://…
+DP_BALANCER_USERNAME         user, where the URL names none
+DP_BALANCER_PASSWORD         password, where the URL names none
+DP_BALANCER_PASSWORD_FILE    file with the password (its first line)
+DP_BALANCER_POOL             pool, default "default"
+DP_BALANCER_BUDGET_MS        how long one operation may take in all, retries included, default 100
+DP_BALANCER_PROBE_MS         how often Redis is tried again while it is away, default 500
+DP_BALANCER_NAME             this dispatcher's name in its bookings, default HOST-PID
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from balancer.errors import InvalidInput
+from balancer.model import MAX_NAME_BYTES, checked_count, checked_name
+
+_SCHEMES = ("redis", "rediss", "unix")
+
+
+def default_name() -> str:
+    """HOST-PID, in the characters that a name may have."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "host"
+    return f"{host[: MAX_NAME_BYTES - 12]}-{os.getpid()}"
+
+
+def redacted(url: str) -> str:
+    """The URL without its password, fit for a log line."""
+    return re.sub(r"(//[^/@]*?):[^/]*@", r"\1:***@", url)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one process reaches Redis and which pool it serves. Units stand in the names; see the module's table."""
+
+    url: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    pool: str = "default"
+    budget_ms: int = 100
+    probe_ms: int = 500
+    name: str = field(default_factory=default_name)
+
+    def __post_init__(self) -> None:
+        checked_name(self.pool, "pool name")
+        checked_name(self.name, "dispatcher name")
+        checked_count(self.budget_ms, "budget_ms", 1, 60_000)
+        checked_count(self.probe_ms, "probe_ms", 1, 60_000)
+        if self.url is not None and self.url.partition("://")[0] not in _SCHEMES:
+            raise InvalidInput(
+                f"Redis address {redacted(self.url)!r} must begin with one of "
+                + ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+            )
+
+    def __repr__(self) -> str:
+        url = redacted(self.url) if self.url else None
+        return f"Settings(url={url!r}, pool={self.pool!r}, budget_ms={self.budget_ms}, name={self.name!r})"
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, **given: str | int | None
+    ) -> Settings:
+        """Settings from DP_BALANCER_* variables; `given` arguments that are not None win.
+
+        Raises `InvalidInput` naming the variable that is wrong.
+        """
+        environment = os.environ if environment is None else environment
+        found: dict[str, object] = {}
+        for name, convert in _VARIABLES.items():
+            variable = f"DP_BALANCER_{name.upper()}"
+            if text := environment.get(variable):
+                try:
+                    found[name] = convert(text)
+                except ValueError:
+                    raise InvalidInput(f"{variable} must be a whole number, not {text!r}") from None
+        if path := environment.get("DP_BALANCER_PASSWORD_FILE"):
+            try:
+                found.setdefault("password", Path(path).read_text(encoding="utf-8").splitlines()[0].strip())
+            except (OSError, IndexError) as error:
+                raise InvalidInput(
+                    f"DP_BALANCER_PASSWORD_FILE {path!r} has no password to read: {error}"
+                ) from None
+        found.update({name: value for name, value in given.items() if value is not None})
+        return cls(**found)  # type: ignore[arg-type]
+
+
+_VARIABLES = {
+    "url": str,
+    "username": str,
+    "password": str,
+    "pool": str,
+    "name": str,
+    "budget_ms": int,
+    "probe_ms": int,
+}

@@ -1,0 +1,13 @@
+-- configure: what all dispatchers and engines of the pool agree on. Values come checked (balancer/model.py). A pool that
+-- does not exist yet begins with the defaults and these changes. Repeating changes nothing.
+--
+-- KEYS     the pool's, in the order of lib/keys.lua
+-- ARGV     setting, value, setting, value, ...
+-- RETURNS  {'configured'} or {'newer_schema', schema}
+--@include keys, check_types, open_pool
+local refusal = newer_schema()
+if refusal then return refusal end
+check_types()
+open_pool()
+call('HSET', pool, unpack(ARGV))
+return {'configured'}

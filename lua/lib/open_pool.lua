@@ -1,0 +1,14 @@
+-- open_pool: the settings of a pool that nobody has configured, written once. The defaults live here only.
+local function open_pool()
+  if call('EXISTS', pool) == 0 then
+    call('HSET', pool, 'schema', SCHEMA, 'policy', 'minimum_tokens',
+      'engine_lease_ms', '5000', 'booking_lease_ms', '60000', 'forget_ms', '3600000',
+      'when_silent', 'refuse', 'when_full', 'refuse')
+  end
+end
+
+-- newer_schema: the reply for a pool that a newer release has written, or nil.
+local function newer_schema()
+  local schema = call('HGET', pool, 'schema')
+  if schema and tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
+end

@@ -1,0 +1,58 @@
+-- report: an engine's own counts replace its holding counts, and the bookings that these counts already contain end,
+-- in one atomic step. A load is exact at every moment because no other moment lies between the two.
+--
+-- Repeated on (epoch, step) it changes nothing but the lease. Overtaken by a later step, its received ids are taken and
+-- its counts are not. An engine that Redis does not know, or knows in an earlier life (Redis was emptied or restored),
+-- joins by its report. First what has ended ends, as in dispatch.
+--
+-- KEYS     the pool's, in the order of lib/keys.lua
+-- ARGV     name, size, nonce, address, capacity_tokens  as in join
+--          epoch     integer  as given by join
+--          step      integer  rising within the epoch
+--          then for each rank: holding tokens, requests; then the received in-flight ids
+-- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
+--          or {'newer_schema', schema}
+--@include keys, check_types, now_ms, decimal, engine_record, eligible, remove_engine, end_leases, end_bookings, expire
+--@include open_pool, begin_epoch, keep_alive
+local EXPIRED_PER_REPORT = 256
+local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
+local FIRST_COUNT = 8
+size, epoch, step = tonumber(size), tonumber(epoch), tonumber(step)
+
+local refusal = newer_schema()
+if refusal then return refusal end
+check_types()
+local engine = read_engine(name)
+if engine and engine.epoch > epoch then return {'fenced', decimal(engine.epoch)} end
+if engine and engine.epoch == epoch and engine.size ~= size then return {'wrong_size', decimal(engine.size)} end
+
+local now = now_ms()
+if not engine or engine.epoch < epoch then
+  open_pool()
+  engine = {name = name, epoch = epoch, step = -1, size = size, draining = '-', nonce = nonce, address = address}
+  begin_epoch(engine, capacity_tokens)
+end
+
+local ended = 0
+local ids_from = FIRST_COUNT + 2 * size
+for from = ids_from, #ARGV, MOST_ENDED do
+  ended = ended + end_bookings({unpack(ARGV, from, math.min(from + MOST_ENDED - 1, #ARGV))})
+end
+if step < engine.step then return {'late', ended} end
+
+local held, queued = {}, {}
+for i, rank in ipairs(ranks_of(engine)) do
+  held[2 * i - 1], queued[2 * i - 1] = rank, rank
+  held[2 * i], queued[2 * i] = ARGV[FIRST_COUNT + 2 * i - 2], ARGV[FIRST_COUNT + 2 * i - 1]
+end
+call('HSET', holding, unpack(held))
+call('HSET', requests, unpack(queued))
+local outcome = step == engine.step and 'repeated' or 'applied'
+engine.state, engine.step, engine.reported_ms = 'up', step, now
+write_engine(engine)
+call('ZADD', leases, decimal(now + call('HGET', pool, 'engine_lease_ms')), name)
+enter_loads(engine)
+end_leases(now)
+expire(now, EXPIRED_PER_REPORT)
+keep_alive()
+return {outcome, ended}

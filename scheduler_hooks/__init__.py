@@ -1,0 +1,1 @@
+"""Engine-side hooks of dp-balancer."""
