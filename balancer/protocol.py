@@ -41,7 +41,7 @@ MAX_IDS_PER_RELEASE = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[T]):
-    """One EVAL: `script` by name, `keys`, `arguments`, and `read`, which turns the reply into a T or raises `Refused`."""
+    """One EVAL: `script` by name, its keys and arguments, and `read`: from the reply to a T, or raising `Refused`."""
 
     script: str
     keys: tuple[str, ...]
@@ -70,7 +70,7 @@ def dispatch(
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
     def read(reply: Reply) -> Dispatched:
-        word, stale, flat, loads = _read(pool, reply, "dispatched", 4)
+        _, stale, flat, loads = _read(pool, reply, "dispatched", 4)
         outcomes: list[Placement | NoRankReason] = []
         for request, at in zip(requests, range(0, len(flat), 3), strict=True):
             outcome, rank, load = _text(flat[at]), _text(flat[at + 1]), int(flat[at + 2])
