@@ -1,5 +1,6 @@
 """dp-balancer: one exact, shared view of every data-parallel rank's load, for any number of dispatchers."""
 
+from balancer.admin import PoolAdmin
 from balancer.dispatcher import AsyncDispatcher, Dispatcher
 from balancer.errors import (
     BalancerError,
@@ -48,6 +49,7 @@ __all__ = [
     "NoRankReason",
     "Outcome",
     "Placement",
+    "PoolAdmin",
     "PoolSettings",
     "PoolSnapshot",
     "RankCounts",

@@ -1,0 +1,41 @@
+# The developer's menu. `make help` lists it; everything makes its own environment in .venv.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+
+help:  ## list these targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "making the environment in .venv (once; PyTorch is the large part) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the main job: 16 ranks, 3 dispatchers, round robin beside minimum tokens (under 2 minutes)
+	@$(BIN)/balancer demo $(ARGS)
+
+test: $(READY) lint  ## every test that needs no docker and no engine (under 15 minutes)
+	$(PYTEST) tests/unit tests/property tests/e2e $(ARGS)
+
+lint: $(READY)  ## ruff and the strict type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+chaos: $(READY)  ## kill, pause and partition real processes; says how long recovery took
+	$(PYTEST) tests/chaos -rA $(ARGS)
+
+soak: $(READY)  ## a million random operations against the oracle (ARGS="--operations N --seed N")
+	$(BIN)/python -m tests.property.soak $(ARGS)
+
+bench: $(READY)  ## speed as ratios in one run, JSON in out/bench.json
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean:  ## remove the environment and what tools left behind
+	rm -rf .venv out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help demo test lint chaos soak bench clean
