@@ -43,8 +43,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 def figures(times: Times, steps: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, float]:
     """The demo's figures by name, in the order in which they are shown.
 
-    `steps` are the mock engine's step records; those in which no rank holds anything are left out. Imbalance is
-    max/mean of the tokens that the ranks hold, averaged over the steps.
+    `steps` are the mock engine's step records. held_max_over_mean sums over them what the fullest rank holds and what
+    a rank holds on average, and divides: steps in which hardly anything is held weigh as little as they cost.
     """
     found: dict[str, float] = {"requests": len(times.e2e_ms)}
     found["duration_s"] = times.last_s - times.first_s
@@ -56,8 +56,11 @@ def figures(times: Times, steps: Iterable[Mapping[str, Sequence[int]]]) -> dict[
         for share in shares:
             label = "median" if share == 0.5 else "max" if share == 1 else f"p{share * 100:.0f}"
             found[f"{name}_{label}_ms"] = percentile(ordered, share)
-    imbalance = [max(held) * len(held) / sum(held) for held in (step["held"] for step in steps) if sum(held)]
-    found["held_max_over_mean"] = sum(imbalance) / len(imbalance)
+    fullest = mean = 0.0
+    for step in steps:
+        fullest += max(step["held"])
+        mean += sum(step["held"]) / len(step["held"])
+    found["held_max_over_mean"] = fullest / mean
     return found
 
 

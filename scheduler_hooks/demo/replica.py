@@ -1,7 +1,7 @@
 """One dispatcher replica of the demo: a process of its own that places its share of the requests and times them.
 
-It says `{"ready": true}` and reads one line of JSON (`Orders`). Then each request is dispatched at its time, sent to the
-rank that was chosen, and followed to its last token. As requests finish it says `{"finished": n}`, and at the end all
+It says `{"ready": true}` and reads one line of JSON (`Orders`). Each request is dispatched at its time, sent to its
+rank and followed to its last token. As requests finish it says `{"finished": n}`, and at the end all
 times in one line. It ends with its parent: the closed input ends it.
 """
 
@@ -109,7 +109,9 @@ async def _serve(orders: Orders) -> None:
     ):
         replica = Replica(orders, dispatcher, engine)
         serving = asyncio.ensure_future(replica.run())
-        orphaned = asyncio.ensure_future(asyncio.to_thread(sys.stdin.buffer.read))
+        loop = asyncio.get_running_loop()
+        orphaned = loop.create_future()
+        loop.add_reader(sys.stdin.fileno(), orphaned.cancel)  # nothing more is ever said: the input has closed
         await asyncio.wait((serving, orphaned), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             sys.exit("replica: its parent is gone")

@@ -13,7 +13,7 @@ _TITLES = {
     "itl": "ITL",
     "e2e": "E2E latency",
     "dispatch": "dispatch",
-    "held_max_over_mean": "held tokens, max/mean over steps",
+    "held_max_over_mean": "held tokens, max/mean",
 }
 _SPREAD_OVER = ("duration_s", "ttft_mean_ms", "itl_mean_ms", "e2e_mean_ms", "held_max_over_mean", "dispatch_mean_ms")
 

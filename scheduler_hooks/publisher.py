@@ -1,0 +1,220 @@
+"""The publisher: a thread that reports an engine's counts and received ids to Redis, so that no step waits for it.
+
+The step thread hands over and goes on. The thread sends what is newest, one EVAL at a time: counts that were overtaken
+meanwhile are never sent, received ids all are. While Redis is away it keeps the newest counts and the ids (up to a
+bound, then the oldest are left to their bookings' lease) and tries again; one report after Redis' return the pool is
+exact again. When no step comes it repeats its last report, so that an idle engine keeps its lease; this says that the
+process lives, not that its steps go on.
+
+A publisher belongs to the process that made it. In a forked copy it does nothing: two processes that report under one
+epoch would overwrite each other, and a child's exit must not take its parent's engine out of the pool.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from balancer import Fenced, InvalidInput, RankCounts, Refused, Reporter, StoreDenied, StoreError
+from scheduler_hooks.intake import Counts
+from scheduler_hooks.mailbox import Mailbox
+
+log = logging.getLogger("scheduler_hooks")
+
+HEARTBEAT_S = 1.0
+"""Seconds without a step after which the last report is repeated, and the longest pause between two tries while Redis
+is away. To be at most a quarter of the pool's engine lease (5 s by default)."""
+
+MAX_UNSENT_IDS = 65_536
+"""Most received ids kept for Redis' return."""
+
+REPORT_BUDGET_MS = 2_000
+"""Time budget of one report. Nobody waits for it, and one with a whole outage's ids takes longer than a dispatch."""
+
+CLOSE_S = 1.0
+"""How long `close` waits for the engine to be out of the pool."""
+
+_FIRST_PAUSE_S = 0.02
+_SLOW_HEARTBEATS = 5
+"""Heartbeats between two tries of what a person has to set right (password, schema, foreign keys)."""
+
+
+@dataclass(slots=True)
+class PublisherCounters:
+    """`published` reports that Redis took, heartbeats included; `coalesced` hand-overs whose counts were overtaken
+    before they were sent; `dropped_ids` left to their lease; `failures` of a report."""
+
+    published: int = 0
+    coalesced: int = 0
+    dropped_ids: int = 0
+    failures: int = 0
+
+
+def checked_heartbeat(heartbeat_s: float) -> float:
+    """Return `heartbeat_s` if it is a number of seconds in (0, 3600], else raise `InvalidInput`."""
+    if not isinstance(heartbeat_s, int | float) or not 0 < heartbeat_s <= 3600:
+        raise InvalidInput(f"heartbeat must be more than 0 and at most 3600 seconds, not {heartbeat_s!r}")
+    return heartbeat_s
+
+
+class Publisher:
+    """Publishes through `reporter` from construction on: the engine joins, empty, before its first step.
+
+    An idle engine need not step, and would never get a request otherwise. `heartbeat_s` in seconds.
+    """
+
+    def __init__(
+        self, reporter: Reporter, heartbeat_s: float = HEARTBEAT_S, most_unsent_ids: int = MAX_UNSENT_IDS
+    ) -> None:
+        self.counters = PublisherCounters()
+        self._reporter = reporter
+        self._name = reporter.incarnation.name
+        self._heartbeat_s = checked_heartbeat(heartbeat_s)
+        self._mailbox = Mailbox(most_unsent_ids)
+        self._most_unsent_ids = most_unsent_ids
+        self._step = 0
+        self._counts: Sequence[Counts] = [(0, 0)] * reporter.incarnation.size
+        self._unsent: deque[int] = deque(maxlen=most_unsent_ids)
+        self._trouble: type[Exception] | None = None
+        self._trouble_since = 0.0
+        self._next_pause_s = _FIRST_PAUSE_S
+        self._is_sent = True
+        self._is_silent = False
+        self._said_forked = False
+        self._said_not_left = False
+        self._closing = threading.Event()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name=f"dp-balancer {self._name}", daemon=True)
+        self._thread.start()
+        # A process that ends without a close would leave an engine in the pool that gets requests until its lease
+        # ends. What no handler sees (a signal, os._exit, a crash) is what the lease is for.
+        atexit.register(self.close)
+
+    def hand_over(self, step: int, counts: Sequence[Counts], received: Sequence[int] = ()) -> None:
+        """Take a step's counts and the in-flight ids that they contain.
+
+        `counts`: holding tokens and requests of each rank, in order, a sequence that nobody changes afterwards.
+        `step` counts from 1 and rises. Returns at once, whatever Redis does; O(received).
+        """
+        if self._is_mine() and not self._is_silent:
+            self._mailbox.put(step, counts, received)
+
+    def silence(self) -> None:
+        """Report no more, heartbeats included: the counts can no longer be known, and the lease ends the engine."""
+        self._is_silent = True
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Take the engine out of the pool and end the thread; waits `timeout_s` seconds at most. May be repeated.
+
+        When Redis is away for that long, the engine's lease ends it.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._is_silent = True
+        atexit.unregister(self.close)
+        self._closing.set()
+        self._mailbox.wake()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive() and not self._said_not_left:
+            self._said_not_left = True
+            log.warning("%s could not leave its pool within %g s: its lease ends it", self._name, timeout_s)
+
+    def _is_mine(self) -> bool:
+        if os.getpid() == self._pid:
+            return True
+        if not self._said_forked:
+            self._said_forked = True
+            log.error("%s is reported by process %d, not by its fork %d", self._name, self._pid, os.getpid())
+        return False
+
+    def _run(self) -> None:
+        pause_s = self._publish()
+        while not self._closing.wait(pause_s):
+            if pause_s:
+                self._take(0)
+            else:
+                self._take(self._heartbeat_s)
+            if self._closing.is_set():
+                break
+            pause_s = self._publish()
+        self._leave()
+
+    def _take(self, timeout_s: float) -> None:
+        news = self._mailbox.take(timeout_s)
+        if news is None:
+            return
+        self.counters.coalesced += news.puts - 1 + (not self._is_sent)
+        dropped = news.dropped_ids + max(0, len(self._unsent) + len(news.received) - self._most_unsent_ids)
+        if dropped and not self.counters.dropped_ids:
+            log.warning(
+                "%s has over %d unsent ids: the oldest are left to their lease", self._name, self._most_unsent_ids
+            )
+        self.counters.dropped_ids += dropped
+        self._step, self._counts, self._is_sent = news.step, news.counts, False
+        self._unsent.extend(news.received)
+
+    def _publish(self) -> float:
+        """Report once; returns how many seconds to pause now."""
+        if self._is_silent:
+            return self._heartbeat_s
+        try:
+            counts = [RankCounts(*pair) for pair in self._counts]
+            self._reporter.report(self._step, counts, self._unsent)
+        except Fenced as error:
+            log.error("%s stops reporting for good: %s", self._name, error)
+            self.counters.failures += 1
+            self._is_silent = True
+            self._closing.set()
+            return 0
+        except InvalidInput as error:  # would be refused for ever
+            self._unsent.clear()
+            return self._failed(error, is_slow=True)
+        except Exception as error:  # a bug of ours: the engine goes on, and so do we
+            is_away = isinstance(error, StoreError) and not isinstance(error, StoreDenied)
+            return self._failed(error, is_slow=not is_away)
+        self._unsent.clear()
+        self._is_sent = True
+        self._succeeded()
+        return 0
+
+    def _succeeded(self) -> None:
+        self.counters.published += 1
+        if self._trouble is not None:
+            log.info("%s reports again after %.1f s", self._name, time.monotonic() - self._trouble_since)
+            self._trouble = None
+            self._next_pause_s = _FIRST_PAUSE_S
+
+    def _failed(self, error: Exception, is_slow: bool) -> float:
+        self.counters.failures += 1
+        if self._trouble is None:
+            self._trouble_since = time.monotonic()
+        if self._trouble is not type(error):
+            self._trouble = type(error)
+            if isinstance(error, Refused | StoreDenied | InvalidInput):
+                log.error("%s cannot report, keeps trying: %s", self._name, error)
+            elif isinstance(error, StoreError):
+                log.warning("%s cannot report, keeps its ids and tries again: %s", self._name, error)
+            else:
+                log.error("%s cannot report, keeps trying", self._name, exc_info=error)
+        if is_slow:
+            return _SLOW_HEARTBEATS * self._heartbeat_s
+        pause_s = min(self._next_pause_s, self._heartbeat_s)
+        self._next_pause_s = 2 * pause_s
+        return pause_s * random.uniform(0.5, 1)  # engines that lost Redis together come back apart
+
+    def _leave(self) -> None:
+        try:
+            self._reporter.leave()
+        except Fenced:
+            pass  # a newer life has these ranks now
+        except Exception as error:
+            log.warning("%s could not leave its pool, its lease ends it: %s", self._name, error)
+        finally:
+            self._reporter.close()
