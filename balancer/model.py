@@ -52,12 +52,28 @@ def checked_count(value: int, what: str, least: int = 0, most: int = MAX_COUNT) 
             raise InvalidInput(f"{what} must be a whole number, not {value!r}")
         value = int(value)
     if not least <= value <= most:
-        raise InvalidInput(f"{what} must be between {least} and {most}, not {value}")
+        raise InvalidInput(f"{what} must be between {least} and {most}, not {_shown(value)}")
     return value
 
 
+def checked_request_id(request_id: str) -> str:
+    """Return `request_id` if it is text of 1 to 512 bytes in UTF-8, else raise `InvalidInput`."""
+    if not isinstance(request_id, str):
+        raise InvalidInput(f"request id must be text, not {_shown(request_id)}")
+    try:
+        size = len(request_id.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise InvalidInput(f"request id {_shown(request_id)} has a half character that UTF-8 cannot carry") from None
+    if not 1 <= size <= MAX_REQUEST_ID_BYTES:
+        raise InvalidInput(f"request id must have 1 to {MAX_REQUEST_ID_BYTES} bytes, not {size}")
+    return request_id
+
+
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -79,11 +95,7 @@ class Request:
     tokens: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.request_id, str):
-            raise InvalidInput(f"request id must be text, not {_shown(self.request_id)}")
-        size = len(self.request_id.encode("utf-8", "surrogatepass"))
-        if not 1 <= size <= MAX_REQUEST_ID_BYTES:
-            raise InvalidInput(f"request id must have 1 to {MAX_REQUEST_ID_BYTES} bytes, not {size}")
+        checked_request_id(self.request_id)
         object.__setattr__(self, "tokens", checked_count(self.tokens, "tokens", 1, MAX_TOKENS))
 
     @property

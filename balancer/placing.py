@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from balancer import protocol
 from balancer.breaker import Breaker
-from balancer.errors import NoRank, NoRankReason, StoreDenied, StoreError
+from balancer.errors import BalancerError, NoRank, NoRankReason, Refused, StoreDenied, StoreError
 from balancer.last_known import LastKnown
 from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
 from balancer.protocol import MAX_IDS_PER_RELEASE, Operation
@@ -43,6 +43,7 @@ class Placing:
         self.pool, self.name = pool, name
         self.breaker, self.last_known = breaker, last_known
         self.counters = Counters()
+        self._denied = ""  # why Redis refused us, where that is why it is away
 
     def dispatch(self, requests: Sequence[Request]) -> Steps[list[Placement | NoRank]]:
         """Place requests; the answers stand in the order given, `NoRank` where there is no rank to give."""
@@ -64,19 +65,25 @@ class Placing:
             except StoreError as error:
                 self._lost(error)
                 break
+            except Refused:
+                self._regained()
+                raise
             self._regained()
         self.counters.released += released
         return released
 
     def _dispatch_list(self, requests: Sequence[Request]) -> Steps[list[Placement | NoRank]]:
         if not self.breaker.admits():
-            return self._fall_back(requests, None)
+            return self._fall_back(requests)
         wants_loads = self.last_known.wants_loads()
         try:
             answer: protocol.Dispatched = yield protocol.dispatch(self.pool, self.name, requests, wants_loads)
         except StoreError as error:
             self._lost(error)
-            return self._fall_back(requests, error)
+            return self._fall_back(requests)
+        except Refused:
+            self._regained()
+            raise
         self._regained()
         if answer.loads is not None:
             self.last_known.learn(answer.loads)
@@ -86,12 +93,12 @@ class Placing:
                     self.last_known.add(outcome.rank, outcome.request.tokens)
         return self._answers(requests, answer.outcomes)
 
-    def _fall_back(self, requests: Sequence[Request], error: StoreError | None) -> list[Placement | NoRank]:
+    def _fall_back(self, requests: Sequence[Request]) -> list[Placement | NoRank]:
         outcomes: list[Placement | NoRankReason] = []
         for request in requests:
             choice = self.last_known.choose(request.tokens)
-            if choice is None and isinstance(error, StoreDenied):
-                raise error
+            if choice is None and self._denied:
+                raise StoreDenied(self._denied)
             outcomes.append(
                 Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE
             )
@@ -121,6 +128,7 @@ class Placing:
         return answers
 
     def _lost(self, error: StoreError) -> None:
+        self._denied = str(error) if isinstance(error, StoreDenied) else ""
         if self.breaker.failed():
             self.counters.outages += 1
             log.warning("pool=%s falls back to the last known loads: %s", self.pool, error)
@@ -138,13 +146,13 @@ def _line(outcome: Placement | NoRankReason) -> str:
 
 
 def perform(steps: Steps[T], run: Callable[[Operation[Any]], Any]) -> T:
-    """Run `steps` to their end, each operation by `run`; a `StoreError` goes back into the steps."""
+    """Run `steps` to their end, each operation by `run`; what it raises goes back into the steps."""
     try:
         operation = next(steps)
         while True:
             try:
                 result = run(operation)
-            except StoreError as error:
+            except BalancerError as error:
                 operation = steps.throw(error)
             else:
                 operation = steps.send(result)
@@ -159,7 +167,7 @@ async def perform_async(steps: Steps[T], run: Callable[[Operation[Any]], Awaitab
         while True:
             try:
                 result = await run(operation)
-            except StoreError as error:
+            except BalancerError as error:
                 operation = steps.throw(error)
             else:
                 operation = steps.send(result)

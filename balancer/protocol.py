@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NoReturn, TypeVar
 
-from balancer.errors import Fenced, InvalidInput, NewerSchema, NoRankReason, UnknownPool, WrongSize
+from balancer.errors import CorruptPool, Fenced, InvalidInput, NewerSchema, NoRankReason, UnknownPool, WrongSize
 from balancer.keys import pool_keys
 from balancer.model import (
     MAX_REQUESTS_PER_DISPATCH,
@@ -27,6 +27,7 @@ from balancer.model import (
     Request,
     checked_count,
     checked_name,
+    checked_request_id,
     checked_settings,
     in_flight_id,
 )
@@ -70,15 +71,16 @@ def dispatch(
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
     def read(reply: Reply) -> Dispatched:
-        _, stale, flat, loads = _read(pool, reply, "dispatched", 4)
+        end = 2 + 3 * len(requests)
+        reply = _read(pool, reply, "dispatched", max(end, len(reply)) if want_loads else end)
         outcomes: list[Placement | NoRankReason] = []
-        for request, at in zip(requests, range(0, len(flat), 3), strict=True):
-            outcome, rank, load = _text(flat[at]), _text(flat[at + 1]), int(flat[at + 2])
+        for request, at in zip(requests, range(2, end, 3), strict=True):
+            outcome, rank, load = _text(reply[at]), _text(reply[at + 1]), int(reply[at + 2])
             if outcome == "no_rank":
                 outcomes.append(NoRankReason(rank))
             else:
-                outcomes.append(Placement(request, rank, load, Outcome(outcome), bool(stale)))
-        return Dispatched(tuple(outcomes), _counts(loads) if want_loads else None)
+                outcomes.append(Placement(request, rank, load, Outcome(outcome), bool(reply[1])))
+        return Dispatched(tuple(outcomes), _counts(reply[end:]) if want_loads else None)
 
     return Operation("dispatch", pool_keys(pool), tuple(arguments), read)
 
@@ -87,7 +89,7 @@ def release(pool: str, request_ids: Sequence[str]) -> Operation[int]:
     """End the bookings of up to MAX_IDS_PER_RELEASE requests; reads how many there were."""
     if not 1 <= len(request_ids) <= MAX_IDS_PER_RELEASE:
         raise InvalidInput(f"a release takes 1 to {MAX_IDS_PER_RELEASE} request ids, not {len(request_ids)}")
-    ids = tuple(in_flight_id(request_id) for request_id in request_ids)
+    ids = tuple(in_flight_id(checked_request_id(request_id)) for request_id in request_ids)
     return Operation("release", pool_keys(pool), ids, lambda reply: int(_read(pool, reply, "released", 2)[1]))
 
 
@@ -157,45 +159,10 @@ def snapshot(pool: str) -> Operation[PoolSnapshot]:
 
     def read(reply: Reply) -> PoolSnapshot:
         _read(pool, reply, "snapshot", 12)
-        now_ms = int(reply[1])
-        fields, records, holding, requests, in_flight, in_flight_requests, capacity = map(_fields, reply[2:9])
-        settings = PoolSettings(
-            policy=fields["policy"],
-            engine_lease_ms=int(fields["engine_lease_ms"]),
-            booking_lease_ms=int(fields["booking_lease_ms"]),
-            forget_ms=int(fields["forget_ms"]),
-            when_silent=fields["when_silent"],
-            when_full=fields["when_full"],
-        )
-        engines = [_engine_view(name, record, now_ms, settings) for name, record in sorted(records.items())]
-        ranks = []
-        for rank in sorted(holding, key=_rank_order):
-            engine = next(e for e in engines if e.name in (rank, rank.rpartition("/")[0]))
-            draining = int(rank.rpartition("/")[2]) in engine.draining
-            silent = engine.state is EngineState.SILENT
-            ranks.append(
-                RankView(
-                    rank=rank,
-                    state=engine.state if silent else EngineState.DRAINING if draining else EngineState.UP,
-                    holding_tokens=int(holding[rank]),
-                    requests=int(requests[rank]),
-                    in_flight_tokens=int(in_flight[rank]),
-                    in_flight_requests=int(in_flight_requests[rank]),
-                    capacity_tokens=int(capacity[rank]) if rank in capacity else None,
-                    age_ms=engine.age_ms,
-                )
-            )
-        next_deadline = reply[10]
-        return PoolSnapshot(
-            pool=pool,
-            now_ms=now_ms,
-            settings=settings,
-            engines=tuple(engines),
-            ranks=tuple(ranks),
-            bookings=int(reply[9]),
-            expired=int(fields.get("expired", 0)),
-            oldest_deadline_ms=int(float(next_deadline[1])) if next_deadline else None,
-        )
+        try:
+            return _snapshot(pool, reply)
+        except (KeyError, ValueError) as error:
+            raise CorruptPool(f"pool {pool!r} holds something that dp-balancer did not write: {error!r}") from error
 
     return Operation("snapshot", pool_keys(pool), (), read)
 
@@ -219,7 +186,7 @@ def _read(
 def _refuse(pool: str, word: str, reply: Reply, incarnation: Incarnation | None) -> NoReturn:
     if word == "newer_schema":
         raise NewerSchema(
-            f"pool {pool!r} has schema {int(reply[1])}, newer than this release knows: upgrade dp-balancer here"
+            f"pool {pool!r} has schema {_text(reply[1])}, newer than this release knows: upgrade dp-balancer here"
         )
     if word == "unknown_pool":
         raise UnknownPool(
@@ -235,6 +202,48 @@ def _refuse(pool: str, word: str, reply: Reply, incarnation: Incarnation | None)
     raise WrongSize(
         f"{incarnation.name} has joined with {int(reply[1])} ranks and now reports {incarnation.size}: "
         "join anew (a new nonce) to change the number"
+    )
+
+
+def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
+    now_ms = int(reply[1])
+    fields, records, holding, requests, in_flight, in_flight_requests, capacity = map(_fields, reply[2:9])
+    settings = PoolSettings(
+        policy=fields["policy"],
+        engine_lease_ms=int(fields["engine_lease_ms"]),
+        booking_lease_ms=int(fields["booking_lease_ms"]),
+        forget_ms=int(fields["forget_ms"]),
+        when_silent=fields["when_silent"],
+        when_full=fields["when_full"],
+    )
+    engines = [_engine_view(name, record, now_ms, settings) for name, record in sorted(records.items())]
+    by_name, ranks = {engine.name: engine for engine in engines}, []
+    for rank in sorted(holding, key=_rank_order):
+        engine = by_name.get(rank) or by_name[rank.rpartition("/")[0]]
+        draining = int(rank.rpartition("/")[2]) in engine.draining
+        silent = engine.state is EngineState.SILENT
+        ranks.append(
+            RankView(
+                rank=rank,
+                state=engine.state if silent else EngineState.DRAINING if draining else EngineState.UP,
+                holding_tokens=int(holding[rank]),
+                requests=int(requests[rank]),
+                in_flight_tokens=int(in_flight[rank]),
+                in_flight_requests=int(in_flight_requests[rank]),
+                capacity_tokens=int(capacity[rank]) if rank in capacity else None,
+                age_ms=engine.age_ms,
+            )
+        )
+    next_deadline = reply[10]
+    return PoolSnapshot(
+        pool=pool,
+        now_ms=now_ms,
+        settings=settings,
+        engines=tuple(engines),
+        ranks=tuple(ranks),
+        bookings=int(reply[9]),
+        expired=int(fields.get("expired", 0)),
+        oldest_deadline_ms=int(float(next_deadline[1])) if next_deadline else None,
     )
 
 

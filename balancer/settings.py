@@ -1,9 +1,13 @@
 """Settings of one process, from the environment or by argument; what a whole pool agrees on is `PoolSettings` in Redis.
 
-DP_BALANCER_URL              redis://[user:password@]host:port/db, rediss://…, unix://…
+DP_BALANCER_URL              redis://[user:password@]host:port/db, rediss://…, unix:///path,
+                             redis+sentinel://host:port,host:port/name, redis+cluster://host:port,host:port
 DP_BALANCER_USERNAME         user, where the URL names none
 DP_BALANCER_PASSWORD         password, where the URL names none
 DP_BALANCER_PASSWORD_FILE    file with the password (its first line)
+DP_BALANCER_CA_FILE          authority that signed the server's certificate (rediss), default the system's
+DP_BALANCER_CERT_FILE        our certificate, where the server asks for one
+DP_BALANCER_KEY_FILE         its key
 DP_BALANCER_POOL             pool, default "default"
 DP_BALANCER_BUDGET_MS        how long one operation may take in all, retries included, default 100
 DP_BALANCER_PROBE_MS         how often Redis is tried again while it is away, default 500
@@ -19,21 +23,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from balancer.address import Address, parse_address, redacted
 from balancer.errors import InvalidInput
 from balancer.model import MAX_NAME_BYTES, checked_count, checked_name
 
-_SCHEMES = ("redis", "rediss", "unix")
+__all__ = ["Settings", "default_name", "redacted"]
 
 
 def default_name() -> str:
     """HOST-PID, in the characters that a name may have."""
     host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "host"
     return f"{host[: MAX_NAME_BYTES - 12]}-{os.getpid()}"
-
-
-def redacted(url: str) -> str:
-    """The URL without its password, fit for a log line."""
-    return re.sub(r"(//[^/@]*?):[^/]*@", r"\1:***@", url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,9 @@ class Settings:
     url: str | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     pool: str = "default"
     budget_ms: int = 100
     probe_ms: int = 500
@@ -53,20 +56,22 @@ class Settings:
         checked_name(self.name, "dispatcher name")
         checked_count(self.budget_ms, "budget_ms", 1, 60_000)
         checked_count(self.probe_ms, "probe_ms", 1, 60_000)
-        if self.url is not None and self.url.partition("://")[0] not in _SCHEMES:
-            raise InvalidInput(
-                f"Redis address {redacted(self.url)!r} must begin with one of "
-                + ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-            )
+        if self.url is not None:
+            self.checked_address()
+
+    def checked_address(self) -> Address:
+        """The URL, read, with what stands beside it; raises `InvalidInput`."""
+        if self.url is None:
+            raise InvalidInput("no Redis address: set DP_BALANCER_URL, or give one (redis://host:port/0)")
+        beside = ("username", "password", "ca_file", "cert_file", "key_file")
+        return parse_address(self.url, **{name: getattr(self, name) for name in beside})
 
     def __repr__(self) -> str:
         url = redacted(self.url) if self.url else None
         return f"Settings(url={url!r}, pool={self.pool!r}, budget_ms={self.budget_ms}, name={self.name!r})"
 
     @classmethod
-    def from_environment(
-        cls, environment: Mapping[str, str] | None = None, **given: str | int | None
-    ) -> Settings:
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **given: str | int | None) -> Settings:
         """Settings from DP_BALANCER_* variables; `given` arguments that are not None win.
 
         Raises `InvalidInput` naming the variable that is wrong.
@@ -84,9 +89,7 @@ class Settings:
             try:
                 found.setdefault("password", Path(path).read_text(encoding="utf-8").splitlines()[0].strip())
             except (OSError, IndexError) as error:
-                raise InvalidInput(
-                    f"DP_BALANCER_PASSWORD_FILE {path!r} has no password to read: {error}"
-                ) from None
+                raise InvalidInput(f"DP_BALANCER_PASSWORD_FILE {path!r} has no password to read: {error}") from None
         found.update({name: value for name, value in given.items() if value is not None})
         return cls(**found)  # type: ignore[arg-type]
 
@@ -95,6 +98,9 @@ _VARIABLES = {
     "url": str,
     "username": str,
     "password": str,
+    "ca_file": str,
+    "cert_file": str,
+    "key_file": str,
     "pool": str,
     "name": str,
     "budget_ms": int,

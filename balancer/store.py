@@ -1,55 +1,37 @@
-"""The only room that talks to Redis: performs operations, sync or async, within a time budget.
+"""Performs operations on Redis, sync or async, within a time budget; with `connection` the only room that talks to it.
 
 Nothing here knows what an operation means. The driver's own retries are off; tenacity retries what Redis did not answer
-until the budget is spent, which every script allows (each may be repeated without harm). Foreign exceptions end here:
-callers see `balancer.errors` only.
+until the budget is spent, which every script allows (each may be repeated without harm). One attempt is a conversation
+(`_conversation`): a generator that yields what to send to which node, so that the two stores differ by an `await`.
+Foreign exceptions end here: callers see `balancer.errors` only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar, cast
 
-import redis
-import redis.asyncio
 from redis import exceptions as driver
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
+from balancer.address import Node
+from balancer.connection import TRIES_PER_BUDGET, Client, async_clients, no_answer, sync_clients, translated
+from balancer.errors import StoreUnavailable
 from balancer.protocol import Operation, Reply
+from balancer.route import Route, route_to
 from balancer.scripts import load_script
-from balancer.settings import Settings, redacted
-
-try:
-    from redis.maint_notifications import MaintNotificationsConfig
-except ImportError:  # redis-py before 7
-    MaintNotificationsConfig = None  # type: ignore[assignment,misc]
+from balancer.settings import Settings
 
 T = TypeVar("T")
+Words = tuple[str | int, ...]
+Conversation = Generator[tuple[Node, Words], Any, Any]
 
 _FIRST_WAIT_S = 0.001
 _LONGEST_WAIT_S = 0.05
-_TRIES_PER_BUDGET = 4
-"""A silent server may cost a connection's time-out; so many of them fit into one budget."""
-
-_NOT_NOW = (
-    "READONLY",
-    "OOM ",
-    "LOADING",
-    "MASTERDOWN",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-    "MISCONF",
-    "NOREPLICAS",
-    "BUSY ",
-)
-_NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "attempt to")
+_MOST_MOVES = 3
+"""Redirections within one attempt; a fourth means that the cluster's nodes do not agree yet."""
 
 
 class Store:
@@ -57,7 +39,8 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._client = _client(redis.Redis, Retry(NoBackoff(), 0), settings)
+        self._clients = sync_clients(settings)
+        self._route = route_to(settings.checked_address())
 
     def run(self, operation: Operation[T]) -> T:
         """Perform `operation` within the budget.
@@ -75,25 +58,29 @@ class Store:
 
     def command(self, *words: str | int) -> Any:
         """One plain command, for tools that look at the server itself (`balancer doctor`); no retry."""
-        try:
-            return self._client.execute_command(*words)
-        except (driver.RedisError, OSError) as error:
-            raise _translated(error, self.settings) from error
+        return self._hold(_conversation(self._route, self.settings, lambda node: _say(node, words)))
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        for client in self._clients.made():
+            client.close()
 
     def _evaluate(self, operation: Operation[Any]) -> Reply:
-        script, call = load_script(operation.script), self._client.execute_command
-        rest = (len(operation.keys), *operation.keys, *operation.arguments)
+        talk = _conversation(self._route, self.settings, lambda node: _evaluation(node, operation))
+        return cast(Reply, self._hold(talk))
+
+    def _hold(self, conversation: Conversation) -> Any:
         try:
-            try:
-                return cast(Reply, call("EVALSHA", script.sha, *rest))
-            except driver.NoScriptError:
-                return cast(Reply, call("EVAL", script.text, *rest))
-        except (driver.RedisError, OSError) as error:
-            raise _translated(error, self.settings) from error
+            node, words = next(conversation)
+            while True:
+                try:
+                    reply = cast(Client, self._clients.to(node)).execute_command(*words)
+                except (driver.RedisError, OSError) as error:
+                    node, words = conversation.throw(error)
+                else:
+                    node, words = conversation.send(reply)
+        except StopIteration as end:
+            return end.value
 
 
 class AsyncStore:
@@ -101,7 +88,8 @@ class AsyncStore:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._client = _client(redis.asyncio.Redis, AsyncRetry(NoBackoff(), 0), settings)
+        self._clients = async_clients(settings)
+        self._route = route_to(settings.checked_address())
 
     async def run(self, operation: Operation[T]) -> T:
         """Perform `operation` within the budget; raises as `Store.run` does."""
@@ -116,36 +104,80 @@ class AsyncStore:
                 again = AsyncRetrying(stop=give_up, **_RETRY)
                 return operation.read(await again(self._evaluate, operation))
         except TimeoutError as error:
-            raise StoreUnavailable(_no_answer(self.settings)) from error
+            if self._route.primary is not None:
+                self._route.lost(self._route.primary)
+            raise StoreUnavailable(no_answer(self.settings)) from error
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        for client in self._clients.made():
+            await client.aclose()
 
     async def _evaluate(self, operation: Operation[Any]) -> Reply:
-        script = load_script(operation.script)
-        call = cast(Callable[..., Awaitable[Reply]], self._client.execute_command)
-        rest = (len(operation.keys), *operation.keys, *operation.arguments)
+        talk = _conversation(self._route, self.settings, lambda node: _evaluation(node, operation))
+        return cast(Reply, await self._hold(talk))
+
+    async def _hold(self, conversation: Conversation) -> Any:
         try:
-            try:
-                return await call("EVALSHA", script.sha, *rest)
-            except driver.NoScriptError:
-                return await call("EVAL", script.text, *rest)
+            node, words = next(conversation)
+            while True:
+                try:
+                    reply = await cast(Client, self._clients.to(node)).execute_command(*words)
+                except (driver.RedisError, OSError) as error:
+                    node, words = conversation.throw(error)
+                else:
+                    node, words = conversation.send(reply)
+        except StopIteration as end:
+            return end.value
+
+
+def _conversation(route: Route, settings: Settings, talk: Callable[[Node], Conversation]) -> Conversation:
+    """One attempt: find the primary, where it is not known, and `talk` to it; goes where a cluster redirects.
+
+    Raises what `translated` makes of errors, and tells the route when a node did not serve.
+    """
+    for _ in range(1 + _MOST_MOVES):
+        primary = route.primary
+        node, question = (primary, ()) if primary else route.question()
+        try:
+            if primary:
+                return (yield from talk(primary))
+            route.answered((yield node, question))
+        except driver.MovedError as moved:
+            route.moved(Node(moved.host or node.host, moved.port))
         except (driver.RedisError, OSError) as error:
-            raise _translated(error, self.settings) from error
+            ours = translated(error, settings, node)
+            if isinstance(ours, StoreUnavailable):
+                route.lost(node)
+            raise ours from error
+    raise StoreUnavailable("the nodes of the cluster do not agree on who serves this pool")
+
+
+def _evaluation(node: Node, operation: Operation[Any]) -> Conversation:
+    """The script by its SHA1, or whole where the node does not know it: a SCRIPT LOAD may reach another."""
+    script = load_script(operation.script)
+    rest = (len(operation.keys), *operation.keys, *operation.arguments)
+    try:
+        return (yield node, ("EVALSHA", script.sha, *rest))
+    except driver.NoScriptError:
+        return (yield node, ("EVAL", script.text, *rest))
+
+
+def _say(node: Node, words: Words) -> Conversation:
+    return (yield node, words)
 
 
 class _Budget:
     """tenacity's `stop`: no attempt begins that could not end within the budget."""
 
     def __init__(self, budget_ms: int) -> None:
-        self._last_start = time.monotonic() + budget_ms / 1000 * (1 - 1 / _TRIES_PER_BUDGET)
+        self._last_start = time.monotonic() + budget_ms / 1000 * (1 - 1 / TRIES_PER_BUDGET)
 
-    def is_spent(self) -> bool:
-        return time.monotonic() >= self._last_start
+    def is_spent(self, after_s: float = 0.0) -> bool:
+        return time.monotonic() + after_s >= self._last_start
 
     def __call__(self, retry_state: RetryCallState) -> bool:
-        return self.is_spent()
+        return self.is_spent(after_s=retry_state.upcoming_sleep)
 
 
 _RETRY: dict[str, Any] = {
@@ -153,51 +185,3 @@ _RETRY: dict[str, Any] = {
     "retry": retry_if_exception_type(StoreUnavailable),
     "reraise": True,
 }
-
-
-def _client(kind: Any, retry: Any, settings: Settings) -> Any:
-    if settings.url is None:
-        raise InvalidInput("no Redis address: set DP_BALANCER_URL, or give one (redis://host:port/0)")
-    timeout_s = settings.budget_ms / 1000 / _TRIES_PER_BUDGET
-    options: dict[str, Any] = {
-        "protocol": 2,
-        "retry": retry,
-        "socket_timeout": timeout_s,
-        "socket_keepalive": True,
-    }
-    if not settings.url.startswith("unix://"):
-        options["socket_connect_timeout"] = timeout_s
-    if MaintNotificationsConfig is not None:  # off: its hand-shake costs a round trip, and it may stretch our time-outs
-        options["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-    for name in ("username", "password"):
-        if value := getattr(settings, name):
-            options[name] = value
-    try:
-        return kind.from_url(settings.url, **options)
-    except ValueError as error:
-        raise InvalidInput(f"Redis address {redacted(settings.url)!r}: {error}") from None
-
-
-def _no_answer(settings: Settings) -> str:
-    return f"no answer from Redis at {redacted(settings.url or '')} within {settings.budget_ms} ms"
-
-
-def _translated(error: Exception, settings: Settings) -> StoreError | CorruptPool:
-    text, where = str(error), f"Redis at {redacted(settings.url or '')}"
-    if isinstance(error, driver.AuthenticationError | driver.AuthorizationError | driver.NoPermissionError):
-        return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")
-    if (
-        isinstance(error.__cause__ or error.__context__, ssl.SSLCertVerificationError)
-        or "CERTIFICATE" in text
-    ):
-        return StoreDenied(f"{where}: certificate not accepted: {text}")
-    if isinstance(error, driver.TimeoutError):
-        return StoreUnavailable(_no_answer(settings))
-    if isinstance(error, driver.ConnectionError | OSError) or any(word in text for word in _NOT_NOW):
-        return StoreUnavailable(f"{where} is not available: {text}")
-    if any(word in text for word in _NOT_OURS):
-        return CorruptPool(
-            f"a key of this pool in {where} holds something that dp-balancer did not write ({text}): "
-            "look with redis-cli, delete it or choose another pool name"
-        )
-    return StoreError(f"{where}: {text}")

@@ -2,9 +2,9 @@
 -- in flight to it stays. A new life of the engine begins undrained. Repeating changes nothing.
 --
 -- KEYS     the pool's, in the order of lib/keys.lua
--- ARGV     verb    'drain' or 'undrain'
---          engine  text  the engine's name
---          index   text  the rank's index, or empty for all of the engine's ranks
+-- ARGV     verb         text  'drain' or 'undrain'
+--          engine_name  text  of the engine
+--          index        text  the rank's index, or empty for all of the engine's ranks
 -- RETURNS  {'drained' or 'undrained', ranks now eligible in the pool}, {'unknown_rank'} or {'newer_schema', schema}
 --@include keys, check_types, decimal, engine_record, eligible, open_pool, keep_alive
 local verb, engine_name, index = unpack(ARGV)
@@ -43,4 +43,4 @@ for _, name in ipairs(call('HKEYS', engines)) do
 end
 if not found then return {'unknown_rank'} end
 keep_alive()
-return {verb .. 'ed', call('ZCARD', loads)}
+return {verb == 'drain' and 'drained' or 'undrained', call('ZCARD', loads)}

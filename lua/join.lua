@@ -9,8 +9,8 @@
 --          address          text     where dispatchers reach it, may be empty
 --          capacity_tokens  integer  tokens each rank can hold, 0 for no limit
 -- RETURNS  {'joined', epoch (ms)}, {'wrong_size', the size it has joined with} or {'newer_schema', schema}
---@include keys, check_types, now_ms, decimal, engine_record, eligible, remove_engine, end_bookings, open_pool
---@include begin_epoch, keep_alive
+--@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, open_pool, overlapping
+--@include begin_life, keep_alive
 local name, size, nonce, address, capacity_tokens = unpack(ARGV)
 
 local refusal = newer_schema()
@@ -25,10 +25,10 @@ end
 open_pool()
 local now = now_ms()
 local engine = {
-  name = name, state = 'up', epoch = math.max(now, (earlier and earlier.epoch or 0) + 1), step = 0,
-  size = tonumber(size), reported_ms = now, draining = '-', nonce = nonce, address = address,
+  name = name, state = 'up', step = 0, size = tonumber(size), reported_ms = now, draining = '-', nonce = nonce,
+  address = address,
 }
-begin_epoch(engine, capacity_tokens)
+begin_life(engine, capacity_tokens, now)
 write_engine(engine)
 enter_loads(engine)
 call('ZADD', leases, decimal(now + call('HGET', pool, 'engine_lease_ms')), name)

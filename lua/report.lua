@@ -12,8 +12,8 @@
 --          then for each rank: holding tokens, requests; then the received in-flight ids
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
---@include keys, check_types, now_ms, decimal, engine_record, eligible, remove_engine, end_leases, end_bookings, expire
---@include open_pool, begin_epoch, keep_alive
+--@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
+--@include end_leases, expire, open_pool, overlapping, begin_life, keep_alive
 local EXPIRED_PER_REPORT = 256
 local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
 local FIRST_COUNT = 8
@@ -23,14 +23,17 @@ local refusal = newer_schema()
 if refusal then return refusal end
 check_types()
 local engine = read_engine(name)
-if engine and engine.epoch > epoch then return {'fenced', decimal(engine.epoch)} end
-if engine and engine.epoch == epoch and engine.size ~= size then return {'wrong_size', decimal(engine.size)} end
+local is_known = engine and engine.epoch == epoch
+if is_known and engine.size ~= size then return {'wrong_size', decimal(engine.size)} end
+for _, other in ipairs(is_known and {} or overlapping(name)) do
+  if other.epoch > epoch then return {'fenced', decimal(other.epoch)} end
+end
 
 local now = now_ms()
-if not engine or engine.epoch < epoch then
-  open_pool()
+open_pool()
+if not is_known then
   engine = {name = name, epoch = epoch, step = -1, size = size, draining = '-', nonce = nonce, address = address}
-  begin_epoch(engine, capacity_tokens)
+  begin_life(engine, capacity_tokens, now)
 end
 
 local ended = 0
@@ -40,18 +43,19 @@ for from = ids_from, #ARGV, MOST_ENDED do
 end
 if step < engine.step then return {'late', ended} end
 
-local held, queued = {}, {}
+local held, tokens, queued = {}, {}, {}
 for i, rank in ipairs(ranks_of(engine)) do
+  tokens[i] = ARGV[FIRST_COUNT + 2 * i - 2]
   held[2 * i - 1], queued[2 * i - 1] = rank, rank
-  held[2 * i], queued[2 * i] = ARGV[FIRST_COUNT + 2 * i - 2], ARGV[FIRST_COUNT + 2 * i - 1]
+  held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 2 * i - 1]
 end
+enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now
 write_engine(engine)
 call('ZADD', leases, decimal(now + call('HGET', pool, 'engine_lease_ms')), name)
-enter_loads(engine)
 end_leases(now)
 expire(now, EXPIRED_PER_REPORT)
 keep_alive()

@@ -8,7 +8,7 @@
 --@include keys, now_ms, open_pool
 local refusal = newer_schema()
 if refusal then return refusal end
-if call('EXISTS', pool) == 0 then return {'unknown_pool'} end
+if call('HEXISTS', pool, 'schema') == 0 then return {'unknown_pool'} end
 return {
   'snapshot', now_ms(), call('HGETALL', pool), call('HGETALL', engines), call('HGETALL', holding),
   call('HGETALL', requests), call('HGETALL', in_flight), call('HGETALL', in_flight_requests),

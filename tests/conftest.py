@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
 
-from balancer import Settings
+from balancer import Dispatcher, Reporter, Settings
+from balancer.admin import PoolAdmin
 from balancer.embedded import EmbeddedRedis
+from balancer.protocol import Operation
+from balancer.store import Store
+from tests.clock import CLOCK_KEY, Clock, script_with_test_clock
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +40,52 @@ def client(redis_server: EmbeddedRedis) -> Iterator[redis.Redis]:
 def settings(redis_server: EmbeddedRedis, client: redis.Redis) -> Settings:
     """Settings of a dispatcher or reporter on the pool `p`; the budget leaves room for a crowded machine."""
     return Settings(url=redis_server.url, pool="p", budget_ms=2_000)
+
+
+@pytest.fixture
+def dispatcher(settings: Settings) -> Iterator[Dispatcher]:
+    """A dispatcher of the pool `p`."""
+    with Dispatcher(settings) as dispatcher:
+        yield dispatcher
+
+
+@pytest.fixture
+def join(settings: Settings) -> Iterator[Callable[..., Reporter]]:
+    """Join an engine: `join("e0", 4, capacity_tokens=100)`; closed when the test ends."""
+    reporters: list[Reporter] = []
+
+    def begin(engine: str, size: int = 1, **more: Any) -> Reporter:
+        reporters.append(Reporter(settings, engine, size, **more))
+        reporters[-1].join()
+        return reporters[-1]
+
+    yield begin
+    for reporter in reporters:
+        reporter.close()
+
+
+@pytest.fixture
+def run(settings: Settings) -> Iterator[Callable[[Operation[Any]], Any]]:
+    """Perform one operation of `balancer.protocol`."""
+    store = Store(settings)
+    yield store.run
+    store.close()
+
+
+@pytest.fixture
+def admin(settings: Settings) -> Iterator[PoolAdmin]:
+    """The operator of the pool `p`."""
+    admin = PoolAdmin(settings)
+    yield admin
+    admin.close()
+
+
+@pytest.fixture
+def clock(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """The scripts' clock, in the test's hand."""
+    monkeypatch.setattr("balancer.store.load_script", script_with_test_clock)
+    yield Clock(client)
+    client.delete(CLOCK_KEY)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from balancer.cli.verb import Verb
 
-_ROOM = "scheduler_hooks.demo.run"
+_ROOM = "scheduler_hooks.demo.__main__"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    room = import_module(_ROOM)
-    code: int = room.run(room.parser().parse_args(arguments.rest))
+    code: int = import_module(_ROOM).main(arguments.rest)
     return code
 
 

@@ -1,8 +1,10 @@
 -- enter_loads, leave_loads: which ranks dispatch may choose. The loads index holds exactly those whose engine's
--- lease is fresh and which are not draining, each by holding + in-flight tokens.
-local function enter_loads(engine)
+-- lease is fresh and which are not draining, each by holding + in-flight tokens; `held` are the former where the
+-- caller has them at hand.
+local function enter_loads(engine, held)
   local ranks = ranks_of(engine)
-  local held, flying = call('HMGET', holding, unpack(ranks)), call('HMGET', in_flight, unpack(ranks))
+  local flying = call('HMGET', in_flight, unpack(ranks))
+  held = held or call('HMGET', holding, unpack(ranks))
   local entering, leaving = {}, {}
   for i, rank in ipairs(ranks) do
     if drains(engine, rank) then

@@ -20,7 +20,7 @@ local function end_leases(now)
       end
     end
   end
-  if when_silent == 'last_known' and ranks_fallen == call('ZCARD', loads) then return #fallen > 0 end
+  if when_silent == 'last_known' and ranks_fallen == call('ZCARD', loads) then return ranks_fallen > 0 end
   for _, engine in ipairs(fallen) do
     leave_loads(engine)
     engine.state = 'silent'

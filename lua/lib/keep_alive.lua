@@ -1,8 +1,8 @@
 -- keep_alive: an abandoned pool ends by itself. All its keys but the settings live for two forget_ms after the last
--- report; they are renewed together, and only when half of that has passed.
+-- report; they are renewed together, when half of that has passed or one of them is new.
 local function keep_alive()
   local forget_ms = tonumber(call('HGET', pool, 'forget_ms'))
-  if call('PTTL', loads) < forget_ms or call('PTTL', engines) < forget_ms then
+  if call('PTTL', loads) < forget_ms or call('PTTL', engines) < forget_ms or call('PTTL', capacity) == -1 then
     for _, key in ipairs({engines, leases, loads, holding, requests, in_flight, in_flight_requests,
       bookings, deadlines, capacity}) do
       call('PEXPIRE', key, 2 * forget_ms)

@@ -1,6 +1,6 @@
 -- keys: every key of one pool, by name, and the one schema number that they share.
 --
--- KEYS  pool                hash        settings: schema, policy, leases (ms), when_*; counters: expired, turn
+-- KEYS  pool                hash        settings: schema, policy, leases (ms), when_*; counters: expired, turn, last_life
 --       engines             hash        engine, or engine/index for a rank that reports alone -> its record
 --       leases              sorted set  the same names by the ms at which their silence counts
 --       loads               sorted set  eligible rank by its load: holding + in-flight tokens (an index)
@@ -8,7 +8,7 @@
 --       requests            hash        rank -> requests held, as last reported
 --       in_flight           hash        rank -> in-flight tokens: the sum of its bookings
 --       in_flight_requests  hash        rank -> number of its bookings
---       bookings            hash        in-flight id -> rank, tokens, epoch, dispatcher, request id
+--       bookings            hash        in-flight id -> rank, tokens, life, dispatcher, request id
 --       deadlines           sorted set  in-flight id by the ms at which its booking ends
 --       capacity            hash        rank -> tokens it can hold; absent where no limit is known
 local pool, engines, leases, loads, holding, requests, in_flight, in_flight_requests,

@@ -1,6 +1,6 @@
--- open_pool: the settings of a pool that nobody has configured, written once. The defaults live here only.
+-- open_pool: the settings of a pool that has none, written once. The defaults live here only.
 local function open_pool()
-  if call('EXISTS', pool) == 0 then
+  if call('HEXISTS', pool, 'schema') == 0 then
     call('HSET', pool, 'schema', SCHEMA, 'policy', 'minimum_tokens',
       'engine_lease_ms', '5000', 'booking_lease_ms', '60000', 'forget_ms', '3600000',
       'when_silent', 'refuse', 'when_full', 'refuse')

@@ -1,8 +1,9 @@
 -- remove_engine: an engine and its ranks leave every key but the bookings. A booking on them counts for nobody any
--- more (its epoch is nobody's) and goes at its deadline, so that removing stays cheap however many there are.
+-- more (its life is nobody's) and goes at its deadline, so that removing stays cheap however many there are.
 local function remove_engine(engine)
   local ranks = ranks_of(engine)
   leave_loads(engine)
+  for _, rank in ipairs(ranks) do lives[rank] = nil end
   for _, key in ipairs({holding, requests, in_flight, in_flight_requests, capacity}) do
     call('HDEL', key, unpack(ranks))
   end

@@ -2,16 +2,17 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 
 from balancer import BalancerError, InvalidInput, StoreError
 from scheduler_hooks.demo.run import parser, run
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; every way out, Ctrl-C and SIGTERM included, takes the processes along."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return run(parser().parse_args())
+        return run(parser().parse_args(arguments))
     except BalancerError as error:
         print(f"balancer demo: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidInput) else 3 if isinstance(error, StoreError) else 1

@@ -20,6 +20,7 @@ class RankConnections:
 
     def __init__(self, dispatcher: AsyncDispatcher) -> None:
         self._dispatcher = dispatcher
+        self._addresses: dict[str, tuple[str, int]] = {}
         self._clients: dict[str, asyncio.Task[MockEngineClient]] = {}
         self._followers: set[asyncio.Task[None]] = set()
         self._waiting: defaultdict[str, dict[str, asyncio.Future[str]]] = defaultdict(dict)
@@ -52,6 +53,7 @@ class RankConnections:
         try:
             return await asyncio.shield(opening)
         except (OSError, BalancerError) as error:
+            self._addresses.pop(rank, None)
             if self._clients.get(rank) is opening:
                 del self._clients[rank]
             raise OSError(f"{rank} cannot be reached: {error}") from error
@@ -66,12 +68,22 @@ class RankConnections:
         return client
 
     async def _address(self, placement: Placement) -> tuple[str, int]:
-        """A rank's own address where it reports alone, else its engine's, whose ranks' ports follow each other."""
-        for engine in (await self._dispatcher.snapshot()).engines:
-            if engine.name in (placement.rank, placement.engine) and engine.address:
-                host, port = engine.address.rsplit(":", 1)
-                return host, int(port) + (placement.index if engine.name == placement.engine else 0)
-        raise OSError("the pool has no address of it")
+        """Where the rank listens; asks the pool when it is not known, and then about all ranks."""
+        if placement.rank not in self._addresses:
+            snapshot = await self._dispatcher.snapshot()
+            by_name = {engine.name: engine.address for engine in snapshot.engines if engine.address}
+            for rank in (view.rank for view in snapshot.ranks):
+                engine, _, index = rank.rpartition("/")
+                if rank in by_name:  # it reports alone
+                    host, port = by_name[rank].rsplit(":", 1)
+                    self._addresses[rank] = host, int(port)
+                elif engine in by_name:  # rank 0's, and the other ranks' ports follow
+                    host, port = by_name[engine].rsplit(":", 1)
+                    self._addresses[rank] = host, int(port) + int(index)
+        try:
+            return self._addresses[placement.rank]
+        except KeyError:
+            raise OSError("the pool has no address of it") from None
 
     async def _follow(self, rank: str, client: MockEngineClient) -> None:
         async for _, event in client.events():
@@ -80,6 +92,7 @@ class RankConnections:
             if event.error is not None and event.request_id is not None:
                 self._end(rank, event.request_id, "rejected")
         self._clients.pop(rank, None)
+        self._addresses.pop(rank, None)
         await client.close()
         for request_id in list(self._waiting[rank]):
             self._end(rank, request_id, "lost")

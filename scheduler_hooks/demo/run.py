@@ -34,6 +34,12 @@ POLICIES = ("round_robin", "minimum_tokens")
 _LEAD_S = 1.0
 """How long replicas have to connect before the first request arrives."""
 
+_DESCRIPTION = """\
+Places one stream of requests on a mock engine of real rank processes, once per policy, through several dispatcher
+processes that share one Redis, and shows how long the requests took. The engine computes nothing: a step sleeps as
+long as its slowest rank would take. Redis: --url, else DP_BALANCER_URL, else one started for the time of the demo.
+"""
+
 _EXAMPLES = """\
 examples:
   balancer demo                                           built-in lengths, embedded Redis, about 90 s
@@ -46,14 +52,12 @@ def parser() -> argparse.ArgumentParser:
     """The demo's arguments."""
     made = argparse.ArgumentParser(
         prog="balancer demo",
-        description="Place one stream of requests on a mock engine of real rank processes, once per policy, through "
-        "several dispatcher processes that share one Redis; print how long the requests took. The engine computes "
-        "nothing: a step sleeps as long as its slowest rank would take.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--url", metavar="URL", help="a Redis to use (default: start one, on loopback, for the time of the demo)")
+    add("--url", metavar="URL", help="a Redis to use, in a pool of the demo's own")
     add("--ranks", type=int, default=16, metavar="N", help="ranks of the engine (default 16)")
     add("--dispatchers", type=int, default=3, metavar="N", help="dispatcher processes (default 3)")
     add("--requests", type=int, metavar="N", help="requests per policy (default 360; with --quick 60)")
@@ -81,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     requests = _requests(arguments)
     policies = tuple(arguments.policy or POLICIES)
     with contextlib.ExitStack() as stack:
-        url = arguments.url
+        url = Settings.from_environment(url=arguments.url).url
         if url is None:
             embedded = stack.enter_context(EmbeddedRedis())
             url = embedded.url

@@ -3,8 +3,8 @@
 `python -m scheduler_hooks.demo.traffic --rate 20` is what a dispatcher container runs (docker/compose.yml), and with
 what the tests in containers put load on a pool. Redis, user, password and budget come from DP_BALANCER_* variables.
 A request that gets no rank is given up, as a gateway answers 503; one whose engine goes away is lost, as its connection
-is. Told to stop (SIGTERM, or the end of its input with --until-eof) it asks no more, waits for what is open, and says
-all it counted in one line of JSON.
+is. It says `{"ready": true}` when Redis has placed a first request. Told to stop (SIGTERM, or the end of its input with
+--until-eof) it asks no more, waits for what is open, and says all it counted in one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import orjson
 
-from balancer import AsyncDispatcher, BalancerError, NoRank, Settings
+from balancer import AsyncDispatcher, BalancerError, NoRank, Outcome, Settings
 from balancer.workload import TimedRequest, generate
 from scheduler_hooks.demo.rank_connections import RankConnections
 from scheduler_hooks.demo.tally import Tally
@@ -36,7 +36,7 @@ _ALIVE_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to ask. `requests` or `seconds` end the stream, None goes on; `patience_s` is for what is open at its end."""
+    """What to ask. `requests` or `seconds` end the stream; `patience_s` is for what is open then."""
 
     rate_per_s: float
     prefix: str
@@ -118,6 +118,8 @@ class Traffic:
             return
         finally:
             self.last_answer_s = time.monotonic()
+        if placement.outcome is Outcome.PLACED and not tally.answers[Outcome.PLACED.value]:
+            print(orjson.dumps({"ready": True}).decode(), flush=True)
         tally.answered(placement.outcome.value, time.monotonic() - asked_s)
         try:
             ended = await self._ranks.send(placement, request.output_tokens)

@@ -58,7 +58,9 @@ def say(what: str, since_s: float) -> float:
 
 
 def is_empty(snapshot: PoolSnapshot) -> bool:
-    return not snapshot.bookings and not any(r.load_tokens or r.requests or r.in_flight_requests for r in snapshot.ranks)
+    return not snapshot.bookings and not any(
+        r.load_tokens or r.requests or r.in_flight_requests for r in snapshot.ranks
+    )
 
 
 def test_a_dispatcher_killed_between_dispatch_and_send_leaves_nothing_after_its_lease(
@@ -127,16 +129,20 @@ def test_an_engine_that_is_restarted_begins_a_new_epoch_with_empty_ranks(
             assert all(rank.in_flight_tokens == 0 for rank in admin.snapshot().ranks)
 
 
-def test_with_every_engine_dead_the_pool_says_that_all_are_silent(server: EmbeddedRedis, eventually: Eventually) -> None:
+def test_with_every_engine_dead_the_pool_says_all_silent(
+    server: EmbeddedRedis, eventually: Eventually
+) -> None:
     settings = settings_for(server)
     configured(settings)
     with MockEngineProcess(server.url, "p") as engine, Dispatcher(settings) as dispatcher:
         dispatcher.dispatch("first", 10)
         engine.kill()
 
+        numbers = iter(range(1_000_000))
+
         def reason() -> NoRankReason | None:
             try:
-                dispatcher.dispatch("again", 10)
+                dispatcher.dispatch(f"again-{next(numbers)}", 10)
             except NoRank as none:
                 return none.reason
             return None

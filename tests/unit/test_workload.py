@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from balancer.demo.workload import (
+from balancer.workload import (
     CHAT_INPUT,
     CHAT_OUTPUT,
     LengthShape,
@@ -53,9 +53,7 @@ def test_fewer_requests_of_a_seed_are_the_first_of_more() -> None:
 
 def test_the_rate_does_not_change_the_lengths() -> None:
     slow, fast = generate(100, seed=1, rate_per_s=1), generate(100, seed=1, rate_per_s=math.inf)
-    assert [(r.input_tokens, r.output_tokens) for r in slow] == [
-        (r.input_tokens, r.output_tokens) for r in fast
-    ]
+    assert [(r.input_tokens, r.output_tokens) for r in slow] == [(r.input_tokens, r.output_tokens) for r in fast]
 
 
 @pytest.mark.parametrize("shape", [CHAT_INPUT, CHAT_OUTPUT])
@@ -116,9 +114,7 @@ TWO_REQUESTS = [TimedRequest(0.0, 100, 10), TimedRequest(1.5, 300, 30)]
 
 
 @pytest.mark.parametrize("text", [CSV, JSONL], ids=["CSV", "JSONL"])
-def test_both_formats_are_read_plain_and_gzipped_whatever_the_file_is_called(
-    text: str, tmp_path: Path
-) -> None:
+def test_both_formats_are_read_plain_and_gzipped_whatever_the_file_is_called(text: str, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     packed.write_bytes(gzip.compress(text.encode()))
     assert load_trace(write(tmp_path, text)) == TWO_REQUESTS
@@ -160,18 +156,14 @@ def test_a_trace_with_arrivals_keeps_them_whatever_the_rate(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "nan", "inf", "", "many", "1e30"])
-def test_a_length_that_is_no_positive_whole_number_is_refused_with_its_line(
-    value: str, tmp_path: Path
-) -> None:
+def test_a_length_that_is_no_positive_whole_number_is_refused_with_its_line(value: str, tmp_path: Path) -> None:
     path = write(tmp_path, f"input_len,output_len\n100,10\n100,{value}\n")
     with pytest.raises(WorkloadError, match=r"trace, line 3: output_len is .*: correct or remove"):
         load_trace(path, rate_per_s=1)
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "NaN", "null", "true", "[1]", "1" + "0" * 400])
-def test_a_json_length_that_is_no_positive_whole_number_is_refused_with_its_line(
-    value: str, tmp_path: Path
-) -> None:
+def test_a_json_length_that_is_no_positive_whole_number_is_refused_with_its_line(value: str, tmp_path: Path) -> None:
     path = write(tmp_path, f'\n{{"input_length": {value}, "output_length": 10}}\n')
     with pytest.raises(WorkloadError, match=r"trace, line 2: input_length is .*: correct or remove"):
         load_trace(path, rate_per_s=1)
@@ -202,9 +194,7 @@ def test_an_arrival_that_is_no_moment_is_refused_with_its_line(value: str, tmp_p
         ("input_len,output_len\n", "holds no request"),
     ],
 )
-def test_a_file_that_is_no_trace_is_refused_with_the_reason(
-    text: str, complaint: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_trace_is_refused_with_the_reason(text: str, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match=complaint):
         load_trace(write(tmp_path, text), rate_per_s=1)
 

@@ -1,0 +1,162 @@
+"""The driver at arm's length: clients for the nodes of an address, and its exceptions as ours.
+
+With `store` the only room that imports redis. A client here retries nothing, discovers nothing and connects when it is
+first used: where to go is `route`'s business, whether to try again is `store`'s.
+"""
+
+from __future__ import annotations
+
+import ssl
+from importlib.util import find_spec
+from typing import Any, Generic, Protocol, TypeVar
+
+import redis
+import redis.asyncio
+from redis import exceptions as driver
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from balancer.address import Address, Node, redacted
+from balancer.errors import CorruptPool, StoreDenied, StoreError, StoreUnavailable
+from balancer.settings import Settings
+
+# What the driver would say and ask on each new connection costs a round trip each, which a short budget does not have,
+# and rights that our users need for nothing else.
+_QUIET: dict[str, Any] = {"lib_name": None, "lib_version": None}
+if find_spec("redis.driver_info"):
+    _QUIET = {"driver_info": None}
+if find_spec("redis.maint_notifications"):
+    from redis.maint_notifications import MaintNotificationsConfig
+
+    _QUIET["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
+
+TRIES_PER_BUDGET = 4
+"""A silent server may cost a connection's time-out; so many of them fit into one budget."""
+
+MOST_CONNECTIONS = 1_024
+"""Most connections of one dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and an
+outage to us: beyond it it raises what it raises for a server that is gone."""
+
+_NOT_NOW = (
+    driver.ConnectionError,
+    driver.TimeoutError,
+    driver.ReadOnlyError,
+    driver.OutOfMemoryError,
+    driver.ClusterDownError,
+    driver.TryAgainError,
+    driver.AskError,
+    OSError,
+)
+_NOT_NOW_WORDS = ("READONLY", "OOM ", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY ")
+"""What a script meets inside, and what the driver knows no class for."""
+_NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "attempt to")
+_TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
+
+
+class Client(Protocol):
+    """What we use of the driver's clients."""
+
+    def execute_command(self, *words: str | int) -> Any:
+        """One command and its reply; to be awaited where the client is an asyncio one."""
+        ...
+
+
+C = TypeVar("C")
+
+
+class Clients(Generic[C]):
+    """One client per node, made when it is first asked for; `kind` is the driver's class."""
+
+    def __init__(self, kind: type[C], retry: Any, settings: Settings) -> None:
+        self._kind, self._options = kind, _options(settings, retry)
+        self._address = settings.checked_address()
+        self._made: dict[Node, C] = {}
+
+    def to(self, node: Node) -> C:
+        """The client for `node`."""
+        found = self._made.get(node)
+        return found if found is not None else self._made.setdefault(node, self._make(node))
+
+    def made(self) -> tuple[C, ...]:
+        """All clients so far."""
+        return tuple(self._made.values())
+
+    def _make(self, node: Node) -> C:
+        address, options = self._address, dict(self._options)
+        if node.port:
+            options.update(host=node.host, port=node.port, **_tls(address))
+        else:
+            options.update(unix_socket_path=node.host)
+        if not node.is_sentinel:
+            options.update(db=address.db, username=address.username, password=address.password)
+        return self._kind(**options)
+
+
+def sync_clients(settings: Settings) -> Clients[redis.Redis]:
+    """Clients that block; shared between threads, and across fork."""
+    return Clients(redis.Redis, Retry(NoBackoff(), 0), settings)
+
+
+def async_clients(settings: Settings) -> Clients[redis.asyncio.Redis]:
+    """Clients of one event loop."""
+    return Clients(redis.asyncio.Redis, AsyncRetry(NoBackoff(), 0), settings)
+
+
+def no_answer(settings: Settings) -> str:
+    """What a caller is told when the budget has gone by."""
+    return f"no answer from Redis at {redacted(settings.url or '')} within {settings.budget_ms} ms"
+
+
+def translated(error: Exception, settings: Settings, node: Node) -> StoreError | CorruptPool:
+    """The driver's, the system's or the TLS library's `error` as one of ours; `node` is who was asked."""
+    text, where = str(error), f"Redis at {redacted(settings.url or '')}"
+    if str(node) not in where:
+        where += f" (node {node})"
+    is_refusal = isinstance(error, driver.AuthenticationError | driver.AuthorizationError | driver.NoPermissionError)
+    if is_refusal or "unauthenticated" in text:  # without a password a server takes no command as long as ours
+        return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")
+    if _is_tls_refusal(error):
+        return StoreDenied(f"{where}: certificate not accepted: {text} (check CA, client certificate and rediss://)")
+    if isinstance(error, driver.TimeoutError):
+        return StoreUnavailable(no_answer(settings))
+    if isinstance(error, _NOT_NOW) or any(word in text for word in _NOT_NOW_WORDS):
+        return StoreUnavailable(f"{where} is not available: {text}")
+    if any(word in text for word in _NOT_OURS):
+        return CorruptPool(
+            f"a key of this pool in {where} holds something that dp-balancer did not write ({text}): "
+            "look with redis-cli, delete the pool's keys (engines join again by their next report) or rename the pool"
+        )
+    return StoreError(f"{where}: {text}")
+
+
+def _options(settings: Settings, retry: Any) -> dict[str, Any]:
+    timeout_s = settings.budget_ms / 1000 / TRIES_PER_BUDGET
+    return {
+        **_QUIET,
+        "protocol": 2,
+        "retry": retry,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "max_connections": MOST_CONNECTIONS,
+    }
+
+
+def _tls(address: Address) -> dict[str, Any]:
+    if not address.is_tls:
+        return {}
+    return {
+        "ssl": True,
+        "ssl_check_hostname": True,
+        "ssl_ca_certs": address.ca_file,
+        "ssl_certfile": address.cert_file,
+        "ssl_keyfile": address.key_file,
+    }
+
+
+def _is_tls_refusal(error: Exception) -> bool:
+    """Whether TLS itself said no (a certificate, an authority, no TLS at all): not that it broke off or was slow."""
+    if isinstance(error.__cause__ or error.__context__, _TLS_BREAKS):
+        return False
+    return isinstance(error.__cause__ or error.__context__, ssl.SSLError) or "[SSL: " in str(error)

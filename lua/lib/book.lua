@@ -1,0 +1,20 @@
+-- book: placed requests enter the in-flight set on the ranks chosen for them; `timed` lists deadline and id, for these
+-- and for bookings that are repeated. Both keys end with the pool, see keep_alive.
+local function book(placed, timed, dispatcher)
+  local records, tokens, count = {}, {}, {}
+  for i, request in ipairs(placed) do
+    local rank = request.rank
+    records[2 * i - 1], records[2 * i] = request.id, booking_record(request, rank, dispatcher)
+    tokens[rank] = (tokens[rank] or 0) + request.tokens
+    count[rank] = (count[rank] or 0) + 1
+  end
+  add_in_flight(tokens, count)
+  if #timed > 0 then call('ZADD', deadlines, unpack(timed)) end
+  if #placed == 0 then return end
+  call('HSET', bookings, unpack(records))
+  if call('PTTL', bookings) < 0 then
+    local ttl = call('PTTL', engines)
+    call('PEXPIRE', bookings, ttl)
+    call('PEXPIRE', deadlines, ttl)
+  end
+end

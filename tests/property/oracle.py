@@ -1,0 +1,184 @@
+"""The oracle: what a pool must hold, as a dict of engines, a dict of bookings, and sums over them.
+
+It knows no Redis and no index: a load is added up when somebody asks. Where the pool is free to choose (a tie), the
+oracle says what is allowed, is told what was chosen, and believes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from balancer.model import Incarnation
+
+DEFAULTS = {
+    "policy": "minimum_tokens",
+    "engine_lease_ms": "5000",
+    "booking_lease_ms": "60000",
+    "forget_ms": "3600000",
+    "when_silent": "refuse",
+    "when_full": "refuse",
+}
+
+
+@dataclass(eq=False)
+class Life:
+    """An engine, or a rank that reports alone, between its join and its end."""
+
+    who: Incarnation
+    step: int
+    lease_ends: int
+    silent: bool = False
+    draining: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Booking:
+    """A request in flight; it counts only while `life` is the one that its rank belongs to."""
+
+    rank: str
+    tokens: int
+    life: Life
+    deadline: int
+
+
+class Oracle:
+    """A pool, obviously."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, str] = {}
+        self.lives: dict[str, Life] = {}
+        self.life_of: dict[str, Life] = {}  # by rank
+        self.held: dict[str, tuple[int, int]] = {}  # by rank: tokens, requests
+        self.bookings: dict[str, Booking] = {}
+        self.last_epoch = self.turn = self.expired = 0
+
+    # -- questions
+
+    def ms(self, setting: str) -> int:
+        return int(self.settings[setting])
+
+    def is_booked(self, id_: str) -> bool:
+        return id_ in self.bookings and self.counts(self.bookings[id_])
+
+    def counts(self, booking: Booking) -> bool:
+        return booking.life is self.life_of.get(booking.rank)
+
+    def in_flight(self) -> tuple[Counter[str], Counter[str]]:
+        """Tokens and requests in flight, by rank."""
+        tokens, requests = Counter[str](), Counter[str]()
+        for booking in self.bookings.values():
+            if self.counts(booking):
+                tokens[booking.rank] += booking.tokens
+                requests[booking.rank] += 1
+        return tokens, requests
+
+    def loads(self) -> dict[str, int]:
+        """Every eligible rank with its load."""
+        tokens, _ = self.in_flight()
+        return {
+            rank: self.held[rank][0] + tokens[rank]
+            for rank, life in self.life_of.items()
+            if not life.silent and rank not in life.draining
+        }
+
+    def nobody_fresh(self, now: int) -> bool:
+        return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
+
+    def why_none(self) -> str:
+        if not self.lives:
+            return "nobody_joined"
+        return "all_silent" if all(life.silent for life in self.lives.values()) else "all_draining"
+
+    def allowed(self, tokens: int) -> set[str]:
+        """The ranks on which the next request may be placed; empty where it fits on none."""
+        loads = self.loads()
+        limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
+        roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
+        in_turn = sorted(loads)[self.turn % len(loads)]
+        if self.settings["policy"] == "round_robin" and in_turn in roomy:
+            return {in_turn}
+        if not roomy and self.settings["when_full"] == "least_loaded":
+            roomy = loads
+        return {rank for rank, load in roomy.items() if load == min(roomy.values())}
+
+    # -- changes
+
+    def open(self) -> None:
+        self.settings = {**DEFAULTS, **self.settings}
+
+    def overlapping(self, who: Incarnation) -> list[Life]:
+        """The lives that have a rank in common with `who`, or its name."""
+        return [
+            life
+            for life in self.lives.values()
+            if life.who.name == who.name
+            or (life.who.engine == who.engine and (life.who.index is None or who.index is None))
+        ]
+
+    def begin(self, who: Incarnation, step: int, now: int) -> Life:
+        self.open()
+        for life in self.overlapping(who):
+            self.remove(life)
+        life = self.lives[who.name] = Life(who, step, now + self.ms("engine_lease_ms"))
+        self.life_of.update(dict.fromkeys(who.ranks, life))
+        self.held.update(dict.fromkeys(who.ranks, (0, 0)))
+        self.last_epoch = max(self.last_epoch, who.epoch)
+        return life
+
+    def remove(self, life: Life) -> None:
+        del self.lives[life.who.name]
+        for rank in life.who.ranks:
+            del self.life_of[rank], self.held[rank]
+
+    def book(self, id_: str, rank: str, tokens: int, now: int) -> None:
+        self.bookings[id_] = Booking(rank, tokens, self.life_of[rank], now + self.ms("booking_lease_ms"))
+
+    def end(self, ids: Iterable[str]) -> int:
+        return sum(self.bookings.pop(id_, None) is not None for id_ in ids)
+
+    def end_leases(self, now: int, most: int) -> None:
+        """Time has passed: the silent are forgotten, the late fall silent, old bookings end."""
+        for life in [life for life in self.lives.values() if life.lease_ends <= now and life.silent]:
+            self.remove(life)
+        late = [life for life in self.lives.values() if life.lease_ends <= now]
+        if not (self.nobody_fresh(now) and self.settings.get("when_silent") == "last_known"):
+            for life in late:
+                life.silent, life.lease_ends = True, now + self.ms("forget_ms")
+        due = sorted((b.deadline, id_) for id_, b in self.bookings.items() if b.deadline <= now)
+        self.expired += self.end(id_ for _, id_ in due[:most])
+
+    def recall(self, now: int) -> None:
+        """With no fresh rank left, a pool may believe all that are silent once more."""
+        if self.settings.get("when_silent") == "last_known" and self.nobody_fresh(now):
+            for life in self.lives.values():
+                if life.silent:
+                    life.silent, life.lease_ends = False, now
+
+    # -- what the eleven keys must hold
+
+    def state(self) -> dict[str, dict[str, object]]:
+        tokens, requests = self.in_flight()
+        limited = [life for life in self.lives.values() if life.who.capacity_tokens]
+        return {
+            "engines": {
+                name: (
+                    "silent" if life.silent else "up",
+                    life.who.epoch,
+                    life.step,
+                    life.who.size,
+                    frozenset(int(rank.partition("/")[2]) for rank in life.draining),
+                )
+                for name, life in self.lives.items()
+            },
+            "leases": {name: life.lease_ends for name, life in self.lives.items()},
+            "loads": dict(self.loads()),
+            "holding": {rank: held for rank, (held, _) in self.held.items()},
+            "requests": {rank: queued for rank, (_, queued) in self.held.items()},
+            "in_flight": {rank: tokens[rank] for rank in self.held},
+            "in_flight_requests": {rank: requests[rank] for rank in self.held},
+            "bookings": {id_: (b.rank, b.tokens) for id_, b in self.bookings.items()},
+            "deadlines": {id_: b.deadline for id_, b in self.bookings.items()},
+            "capacity": {rank: life.who.capacity_tokens for life in limited for rank in life.who.ranks},
+        }
