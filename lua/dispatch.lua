@@ -25,14 +25,14 @@ local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
 local dispatcher, want_loads = ARGV[1], ARGV[2]
 
 local function settings()
-  return unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent'))
+  return unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
 end
 
-local schema, policy, booking_lease_ms, when_full, when_silent = settings()
+local schema, policy, booking_lease_ms, when_full, when_silent, lives = settings()
 if schema and tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
 if not schema and call('EXISTS', engines) == 1 then  -- somebody has deleted them
   open_pool()
-  schema, policy, booking_lease_ms, when_full, when_silent = settings()
+  schema, policy, booking_lease_ms, when_full, when_silent, lives = settings()
 end
 local now = now_ms()
 local stale = end_leases(now)
@@ -79,7 +79,7 @@ for _, i in ipairs(again) do  -- an id twice in one list
   local outcome, rank, load = unpack(first[ids[i]])
   outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
 end
-book(placed, timed, dispatcher)
+book(placed, timed, dispatcher, lives)
 
 outcomes[#outcomes + 1] = want_loads == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
 local reply = {'dispatched', stale and 1 or 0}

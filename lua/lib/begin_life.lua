@@ -1,12 +1,14 @@
 -- begin_life: an engine becomes known, by joining or by a report that Redis did not expect. Whatever earlier lives left
--- on the same ranks goes; the ranks start empty, eligible once they enter the loads index. The life's number is Redis'
--- time in ms, or more: the pool never gives one twice, whatever its clock does. It is the epoch of a life that has none.
+-- on the same ranks goes; the ranks start empty, eligible once they enter the loads index. Lives are counted, so that a
+-- booking of an earlier one is known. An epoch is Redis' time in ms, or more: the pool never gives one twice, whatever its
+-- clock does, and an epoch means something to a Redis that has lost its data.
 local function begin_life(engine, capacity_tokens, now)
-  for _, other in ipairs(overlapping(engine.name)) do remove_engine(other) end
-  local last_life = tonumber(call('HGET', pool, 'last_life')) or 0
-  engine.life = math.max(now, last_life + 1, engine.epoch or 0)
-  engine.epoch = engine.epoch or engine.life
-  call('HSET', pool, 'last_life', decimal(engine.life))
+  local earlier = overlapping(engine.name)
+  engine.life = call('HINCRBY', pool, 'lives', 1)
+  for _, other in ipairs(earlier) do remove_engine(other) end
+  local last_epoch = tonumber(call('HGET', pool, 'last_epoch')) or 0
+  engine.epoch = engine.epoch or math.max(now, last_epoch + 1)
+  call('HSET', pool, 'last_epoch', decimal(math.max(last_epoch, engine.epoch)))
   local zeros, limits = {}, {}
   for _, rank in ipairs(ranks_of(engine)) do
     zeros[#zeros + 1], limits[#limits + 1] = rank, rank

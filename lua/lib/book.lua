@@ -1,10 +1,10 @@
 -- book: placed requests enter the in-flight set on the ranks chosen for them; `timed` lists deadline and id, for these
 -- and for bookings that are repeated. Both keys end with the pool, see keep_alive.
-local function book(placed, timed, dispatcher)
+local function book(placed, timed, dispatcher, lives)
   local records, tokens, count = {}, {}, {}
   for i, request in ipairs(placed) do
     local rank = request.rank
-    records[2 * i - 1], records[2 * i] = request.id, booking_record(request, rank, dispatcher)
+    records[2 * i - 1], records[2 * i] = request.id, booking_record(request, lives, dispatcher)
     tokens[rank] = (tokens[rank] or 0) + request.tokens
     count[rank] = (count[rank] or 0) + 1
   end

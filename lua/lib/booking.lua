@@ -1,6 +1,6 @@
 -- booking: the record of one in-flight id as text that a person can read, and back:
---   e0/3 812 1790000000000 gateway-7 req-1: rank, tokens, life, dispatcher, request id
--- It counts only for the life of the rank's engine in which it was made; when that has ended, it counts for nobody.
+--   e0/3 812 7 gateway-7 req-1: rank, tokens, lives begun in the pool by then, dispatcher, request id
+-- It counts only for the life of the rank's engine in which it was made: where no later life of that engine has begun.
 local lives = {}
 
 -- life_of: the life of the engine that a rank belongs to, or nil.
@@ -18,10 +18,10 @@ end
 local function read_booking(record)
   local rank, tokens, life = string.match(record, '^(%S+) (%d+) (%d+) ')
   if not rank then error('CORRUPT a booking is not one of ours: ' .. record) end
-  return rank, tonumber(tokens), tonumber(life) == life_of(rank)
+  return rank, tonumber(tokens), tonumber(life) >= (life_of(rank) or math.huge)
 end
 
-local function booking_record(request, rank, dispatcher)
-  local life = life_of(rank) or error('CORRUPT loads lists ' .. rank .. ', which no engine reports')
-  return table.concat({rank, decimal(request.tokens), decimal(life), dispatcher, request.request_id}, ' ')
+local function booking_record(request, lives, dispatcher)
+  if not tonumber(lives) then error('CORRUPT the pool has not counted its lives') end
+  return table.concat({request.rank, request.tokens, lives, dispatcher, request.request_id}, ' ')
 end

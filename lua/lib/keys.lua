@@ -1,6 +1,7 @@
 -- keys: every key of one pool, by name, and the one schema number that they share.
 --
--- KEYS  pool                hash        settings: schema, policy, leases (ms), when_*; counters: expired, turn, last_life
+-- KEYS  pool                hash        settings: schema, policy, leases (ms), when_*;
+--                                       counters: expired, turn, lives, last_epoch
 --       engines             hash        engine, or engine/index for a rank that reports alone -> its record
 --       leases              sorted set  the same names by the ms at which their silence counts
 --       loads               sorted set  eligible rank by its load: holding + in-flight tokens (an index)

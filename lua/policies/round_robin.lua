@@ -1,5 +1,6 @@
 -- round_robin: each eligible rank in turn, blind to load; the baseline. The turn is the pool's, not a dispatcher's.
 local function round_robin(batch)
+  check_types()
   look_at_all()
   local ranks = {}
   for place, seen in ipairs(view) do ranks[place] = seen.rank end

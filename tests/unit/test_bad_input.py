@@ -207,7 +207,7 @@ OPERATIONS = [
     "leave",
     "configure",
 ]
-DISPATCH_NEVER_READS = ("holding", "requests")
+DISPATCH_NEVER_READS = ("holding", "requests", "engines")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -253,7 +253,8 @@ JUNK = [
     ("pool", "engine_lease_ms", "junk"),
     ("pool", "booking_lease_ms", "junk"),
     ("pool", "forget_ms", "junk"),
-    ("pool", "last_life", "junk"),
+    ("pool", "last_epoch", "junk"),
+    ("pool", "lives", "junk"),
     ("pool", "turn", "junk"),
     ("pool", "policy", "junk"),
     ("holding", "e/0", "junk"),
