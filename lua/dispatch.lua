@@ -11,14 +11,14 @@
 --          then rank, load of each eligible rank where they are wanted}
 --          outcome is 'placed', 'repeated' or 'no_rank'; reason 'nobody_joined', 'all_silent', 'all_draining', 'all_full'
 --          or {'newer_schema', schema}
---@include keys, now_ms, decimal, place_one
-if #ARGV == 5 then  -- before the general rule's functions are made, which alone costs nearly half of writing a booking
-  local reply = place_one(unpack(ARGV))
+--@include keys, now_ms, decimal, ordinary, end_with_pool, place_one
+if #ARGV == 5 and ARGV[2] == '0' then  -- before the general rule's functions are made: they cost half a booking
+  local reply = place_one(ARGV[1], unpack(ARGV, 3))
   if reply then return reply end
 end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include open_pool, keep_alive, end_leases, recall_silent, expire, why_none, view, room, book
+--@include open_pool, keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary
 --@include policies/minimum_tokens, policies/round_robin
 local EXPIRED_PER_DISPATCH = 16
 local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
@@ -80,6 +80,7 @@ for _, i in ipairs(again) do  -- an id twice in one list
   outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
 end
 book(placed, timed, dispatcher, lives)
+if schema then note_ordinary(now) end
 
 outcomes[#outcomes + 1] = want_loads == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
 local reply = {'dispatched', stale and 1 or 0}

@@ -10,7 +10,7 @@
 --          capacity_tokens  integer  tokens each rank can hold, 0 for no limit
 -- RETURNS  {'joined', epoch (ms)}, {'wrong_size', the size it has joined with} or {'newer_schema', schema}
 --@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, open_pool, overlapping
---@include begin_life, keep_alive
+--@include ordinary, begin_life, keep_alive
 local name, size, nonce, address, capacity_tokens = unpack(ARGV)
 
 local refusal = newer_schema()

@@ -13,7 +13,7 @@
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
 --@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include end_leases, expire, open_pool, overlapping, begin_life, keep_alive
+--@include end_leases, expire, open_pool, overlapping, ordinary, begin_life, keep_alive
 local EXPIRED_PER_REPORT = 256
 local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
 local FIRST_COUNT = 8
@@ -30,6 +30,8 @@ for _, other in ipairs(is_known and {} or overlapping(name)) do
 end
 
 local now = now_ms()
+local from = read_ordinary()
+if from and now < from then withdraw_ordinary() end
 open_pool()
 if not is_known then
   engine = {name = name, epoch = epoch, step = -1, size = size, draining = '-', nonce = nonce, address = address}

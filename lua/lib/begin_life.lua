@@ -5,6 +5,7 @@
 local function begin_life(engine, capacity_tokens, now)
   local earlier = overlapping(engine.name)
   engine.life = call('HINCRBY', pool, 'lives', 1)
+  withdraw_ordinary()
   for _, other in ipairs(earlier) do remove_engine(other) end
   local last_epoch = tonumber(call('HGET', pool, 'last_epoch')) or 0
   engine.epoch = engine.epoch or math.max(now, last_epoch + 1)

@@ -1,5 +1,5 @@
 -- book: placed requests enter the in-flight set on the ranks chosen for them; `timed` lists deadline and id, for these
--- and for bookings that are repeated. Both keys end with the pool, see keep_alive.
+-- and for bookings that are repeated.
 local function book(placed, timed, dispatcher, lives)
   local records, tokens, count = {}, {}, {}
   for i, request in ipairs(placed) do
@@ -12,9 +12,5 @@ local function book(placed, timed, dispatcher, lives)
   if #timed > 0 then call('ZADD', deadlines, unpack(timed)) end
   if #placed == 0 then return end
   call('HSET', bookings, unpack(records))
-  if call('PTTL', bookings) < 0 then
-    local ttl = call('PTTL', engines)
-    call('PEXPIRE', bookings, ttl)
-    call('PEXPIRE', deadlines, ttl)
-  end
+  end_with_pool()
 end

@@ -1,7 +1,7 @@
 -- keys: every key of one pool, by name, and the one schema number that they share.
 --
 -- KEYS  pool                hash        settings: schema, policy, leases (ms), when_*;
---                                       counters: expired, turn, lives, last_epoch
+--                                       counters: expired, turn, lives, last_epoch; ordinary
 --       engines             hash        engine, or engine/index for a rank that reports alone -> its record
 --       leases              sorted set  the same names by the ms at which their silence counts
 --       loads               sorted set  eligible rank by its load: holding + in-flight tokens (an index)
@@ -14,5 +14,5 @@
 --       capacity            hash        rank -> tokens it can hold; absent where no limit is known
 local pool, engines, leases, loads, holding, requests, in_flight, in_flight_requests,
   bookings, deadlines, capacity = unpack(KEYS)
-local call = redis.call
+local call, try = redis.call, redis.pcall
 local SCHEMA = 1

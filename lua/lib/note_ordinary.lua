@@ -1,0 +1,13 @@
+-- note_ordinary: see ordinary. The end of a dispatch that was not; nothing is due any more, or it is and UNTIL says so.
+local function note_ordinary(now)
+  local from, until_ms = read_ordinary()
+  if from and from <= now and now < until_ms then return end
+  local policy, lives, booking_ms, engine_ms, forget_ms =
+    unpack(call('HMGET', pool, 'policy', 'lives', 'booking_lease_ms', 'engine_lease_ms', 'forget_ms'))
+  if policy ~= 'minimum_tokens' or not tonumber(lives) or call('EXISTS', capacity) == 1 then return withdraw_ordinary() end
+  until_ms = now + math.min(booking_ms, engine_ms, forget_ms)
+  for _, key in ipairs({leases, deadlines}) do
+    until_ms = math.min(until_ms, tonumber(call('ZRANGE', key, '0', '0', 'WITHSCORES')[2]) or until_ms)
+  end
+  call('HSET', pool, 'ordinary', table.concat({decimal(now), decimal(until_ms), booking_ms, lives}, ' '))
+end
