@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from balancer.model import checked_name
 
 PREFIX = "dpb"
@@ -21,6 +23,7 @@ KEY_NAMES = (
 )
 
 
+@cache
 def pool_keys(pool: str) -> tuple[str, ...]:
     """The keys of `pool`, e.g. `dpb:{chat}:holding`; raises `InvalidInput` for a name that cannot be one."""
     checked_name(pool, "pool name")

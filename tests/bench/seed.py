@@ -5,7 +5,8 @@ Re-made from the wheel's `srt/managers/utils.py` (DPBalanceMeta) and `data_paral
 dict of ids in flight per rank; a dispatch takes the manager's lock, copies both out, adds the request to the rank with
 the least sum, and copies the dicts back in. Left out: the 40 steps by which a report is late, and the send.
 
-It is in its steady state, after the first report: until then the lists are proxies, and a dispatch costs much more.
+It has two states. As it is made, its lists and dicts are the manager's own, reached through proxies (`as_proxies`). The
+first write puts plain ones in their place, which travel whole with every access: the state in which it then stays.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ class SeedBalancer:
             in_flight = self._shared.in_flight
             in_flight[rank].popitem()
             self._shared.in_flight = in_flight
+
+    def as_proxies(self) -> None:
+        """Back to the state in which it is made: every rank's dict a proxy of its own, nothing in flight."""
+        dicts = [self._manager.dict() for _ in range(self._ranks)]
+        self._kept = self._manager.list(dicts), dicts, self._manager.list([10_000] * self._ranks)
+        self._shared.in_flight, self._shared.local_tokens = self._kept[0], self._kept[2]
 
     def close(self) -> None:
         self._manager.shutdown()
