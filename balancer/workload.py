@@ -83,6 +83,10 @@ class LengthShape:
 CHAT_INPUT = LengthShape(mean_tokens=1155, p99_tokens=4142, max_tokens=14050)
 CHAT_OUTPUT = LengthShape(mean_tokens=211, p99_tokens=601, max_tokens=1000)
 
+# Prompts that carry a document: mean and 99th percentile of the inputs of Mooncake's conversation trace (FAST '25), cut
+# at a context window of 32k.
+DOCUMENT_INPUT = LengthShape(mean_tokens=12035, p99_tokens=85400, max_tokens=32768)
+
 
 def generate(
     count: int,
@@ -91,26 +95,29 @@ def generate(
     *,
     input_shape: LengthShape = CHAT_INPUT,
     output_shape: LengthShape = CHAT_OUTPUT,
+    document_share: float = 0.0,
 ) -> list[TimedRequest]:
     """Draw `count` chat-like requests that arrive as a Poisson process of `rate_per_s` requests per second.
 
     The first arrives at 0; a rate of `math.inf` lets all arrive at 0. Prompts have a heavy tail: one in a
     hundred is longer than 4,142 tokens. Input and output lengths are drawn independently of each other and of
-    the rate, so that one seed gives the same lengths at every rate.
+    the rate, so that one seed gives the same lengths at every rate. A `document_share` of the prompts, from 0 to
+    1, has the lengths of DOCUMENT_INPUT instead.
 
-    Raises WorkloadError for a count below 1 or a rate that is not above 0.
+    Raises WorkloadError for a count below 1, a rate that is not above 0, or a share that is none.
     """
     _check_count(count)
-    lengths = random.Random(f"{seed}/lengths")
+    if not 0 <= document_share <= 1:
+        raise WorkloadError(f"document_share must be between 0 and 1, not {document_share!r}")
+    lengths, documents = random.Random(f"{seed}/lengths"), random.Random(f"{seed}/documents")
+    shapes = [DOCUMENT_INPUT if documents.random() < document_share else input_shape for _ in range(count)]
     return [
-        TimedRequest(arrival_s, input_shape.draw(lengths), output_shape.draw(lengths))
-        for arrival_s in _poisson_arrivals(count, seed, rate_per_s)
+        TimedRequest(arrival_s, shape.draw(lengths), output_shape.draw(lengths))
+        for arrival_s, shape in zip(_poisson_arrivals(count, seed, rate_per_s), shapes, strict=True)
     ]
 
 
-def load_trace(
-    path: str | os.PathLike[str], *, rate_per_s: float | None = None, seed: int = 0
-) -> list[TimedRequest]:
+def load_trace(path: str | os.PathLike[str], *, rate_per_s: float | None = None, seed: int = 0) -> list[TimedRequest]:
     """Read a trace, sorted by arrival and counted from its first request.
 
     Two formats, each plain or gzipped, told apart by their content; further columns or fields are ignored:
@@ -133,9 +140,7 @@ def load_trace(
     arrivals_s = [row.arrival_s for row in rows if row.arrival_s is not None]
     if not arrivals_s:  # all lines have one or none has: the readers see to it
         if rate_per_s is None:
-            raise WorkloadError(
-                f"{path} has no arrival times: give a rate (requests per second) to draw them"
-            )
+            raise WorkloadError(f"{path} has no arrival times: give a rate (requests per second) to draw them")
         arrivals_s = _poisson_arrivals(len(rows), seed, rate_per_s)
     requests = [
         TimedRequest(arrival_s, row.input_tokens, row.output_tokens)
@@ -186,9 +191,7 @@ def _check_count(count: int) -> None:
 
 def _check_rate(rate_per_s: float) -> None:
     if not rate_per_s > 0:  # NaN is not above 0 either
-        raise WorkloadError(
-            f"the rate is {rate_per_s} per second: give a number above 0, or inf for all at once"
-        )
+        raise WorkloadError(f"the rate is {rate_per_s} per second: give a number above 0, or inf for all at once")
 
 
 def _poisson_arrivals(count: int, seed: int, rate_per_s: float) -> list[float]:
@@ -242,9 +245,7 @@ class _Place:
         """A length in tokens; `374` and `374.0` alike, in a CSV cell or as a JSON number."""
         number = self._number(name, value)
         if not 1 <= number <= MAX_TOKENS or number != int(number):
-            raise self.wrong(
-                f"{name} is {value}, not a whole number from 1 to {MAX_TOKENS}: correct or remove it"
-            )
+            raise self.wrong(f"{name} is {value}, not a whole number from 1 to {MAX_TOKENS}: correct or remove it")
         return int(number)
 
     def seconds(self, name: str, value: object, unit_s: float) -> float:
@@ -278,9 +279,7 @@ def _read_rows(path: Path) -> list[_Row]:
                 text.seek(0)
                 return list(_jsonl_rows(text, place) if is_jsonl else _csv_rows(text, place))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise WorkloadError(
-            f"{path} is damaged beyond line {place.line} ({error}): fetch it again"
-        ) from error
+        raise WorkloadError(f"{path} is damaged beyond line {place.line} ({error}): fetch it again") from error
     except UnicodeDecodeError as error:
         raise WorkloadError(f"{path} is not UTF-8 beyond line {place.line}: give CSV or JSONL") from error
     except OSError as error:

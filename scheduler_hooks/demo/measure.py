@@ -24,7 +24,7 @@ class Times:
     last_s: float = float("-inf")
 
     def add(self, other: Times) -> None:
-        """Take in what another replica saw."""
+        """Take in what another replica saw of the same stream, or of another one."""
         for name in ("ttft_ms", "itl_ms", "e2e_ms", "dispatch_ms"):
             getattr(self, name).extend(getattr(other, name))
         self.input_tokens += other.input_tokens
@@ -40,14 +40,17 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def figures(times: Times, steps: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, float]:
-    """The demo's figures by name, in the order in which they are shown.
+def figures(rounds: Sequence[Times], steps: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, float]:
+    """The demo's figures by name, in the order in which they are shown; those of all rounds together.
 
     `steps` are the mock engine's step records. held_max_over_mean sums over them what the fullest rank holds and what
     a rank holds on average, and divides: steps in which hardly anything is held weigh as little as they cost.
     """
+    times = Times()
+    for stream in rounds:
+        times.add(stream)
     found: dict[str, float] = {"requests": len(times.e2e_ms)}
-    found["duration_s"] = times.last_s - times.first_s
+    found["duration_s"] = sum(stream.last_s - stream.first_s for stream in rounds)
     found["input_tokens_per_s"] = times.input_tokens / found["duration_s"]
     found["output_tokens_per_s"] = times.output_tokens / found["duration_s"]
     for name, shares in _SHOWN.items():

@@ -37,6 +37,19 @@ class RankConnections:
         client.send(0, request.request_id, request.tokens, output_tokens)
         return ended
 
+    async def learn(self) -> None:
+        """Where all ranks of the pool listen. Raises `BalancerError` where there is none to be seen."""
+        snapshot = await self._dispatcher.snapshot()
+        by_name = {engine.name: engine.address for engine in snapshot.engines if engine.address}
+        for rank in (view.rank for view in snapshot.ranks):
+            engine, _, index = rank.rpartition("/")
+            if rank in by_name:  # it reports alone
+                host, port = by_name[rank].rsplit(":", 1)
+                self._addresses[rank] = host, int(port)
+            elif engine in by_name:  # rank 0's, and the other ranks' ports follow
+                host, port = by_name[engine].rsplit(":", 1)
+                self._addresses[rank] = host, int(port) + int(index)
+
     async def close(self) -> None:
         """Hang up."""
         for follower in self._followers:
@@ -68,18 +81,8 @@ class RankConnections:
         return client
 
     async def _address(self, placement: Placement) -> tuple[str, int]:
-        """Where the rank listens; asks the pool when it is not known, and then about all ranks."""
         if placement.rank not in self._addresses:
-            snapshot = await self._dispatcher.snapshot()
-            by_name = {engine.name: engine.address for engine in snapshot.engines if engine.address}
-            for rank in (view.rank for view in snapshot.ranks):
-                engine, _, index = rank.rpartition("/")
-                if rank in by_name:  # it reports alone
-                    host, port = by_name[rank].rsplit(":", 1)
-                    self._addresses[rank] = host, int(port)
-                elif engine in by_name:  # rank 0's, and the other ranks' ports follow
-                    host, port = by_name[engine].rsplit(":", 1)
-                    self._addresses[rank] = host, int(port) + int(index)
+            await self.learn()
         try:
             return self._addresses[placement.rank]
         except KeyError:

@@ -31,6 +31,11 @@ from scheduler_hooks.demo.replica import Orders
 from scheduler_hooks.demo.table import render
 
 POLICIES = ("round_robin", "minimum_tokens")
+DOCUMENT_SHARE = 0.1
+"""One prompt in ten carries a document, the others are chat: uneven, as traffic is."""
+
+QUICK_OUTPUT = 40
+
 _LEAD_S = 1.0
 """How long replicas have to connect before the first request arrives."""
 
@@ -42,9 +47,10 @@ long as its slowest rank would take. Redis: --url, else DP_BALANCER_URL, else on
 
 _EXAMPLES = """\
 examples:
-  balancer demo                                           built-in lengths, embedded Redis, about 90 s
-  balancer demo --requests 100 --rate inf                 the seed's table: 100 prompts at once
-  balancer demo --trace conversation.csv.gz --rate 8      lengths and arrival pattern of a real trace
+  balancer demo                                      100 prompts at once, three times over; about 75 s
+  balancer demo --rounds 1 --requests 400 --rate 14  a steady stream
+  balancer demo --rounds 1 --requests 300 --rate 8 --trace conversation.jsonl.gz
+                                                     lengths and arrival pattern of a real trace
 """
 
 
@@ -60,14 +66,15 @@ def parser() -> argparse.ArgumentParser:
     add("--url", metavar="URL", help="a Redis to use, in a pool of the demo's own")
     add("--ranks", type=int, default=16, metavar="N", help="ranks of the engine (default 16)")
     add("--dispatchers", type=int, default=3, metavar="N", help="dispatcher processes (default 3)")
-    add("--requests", type=int, metavar="N", help="requests per policy (default 360; with --quick 60)")
+    add("--requests", type=int, metavar="N", default=100, help="requests of a round (default 100)")
+    add("--rounds", type=int, default=3, metavar="N", help="rounds, each with a seed of its own (default 3)")
     add(
         "--rate",
         type=float,
         metavar="R",
-        help="mean arrivals per second, inf for all at once (default 12, or the trace's)",
+        help="mean arrivals per second, inf for all at once (default inf, or the trace's own)",
     )
-    add("--seed", type=int, default=1, metavar="N", help="seed of the built-in lengths and arrivals (default 1)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of the first round (default 1)")
     add("--trace", metavar="FILE", help="CSV (arrival_s,input_len,output_len) or JSONL (timestamp,input_length,"
         "output_length), plain or gzip, instead of the built-in lengths")  # fmt: skip
     add("--max-input", type=int, metavar="N", help="cut prompts to N tokens")
@@ -82,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; returns the process's exit code."""
-    requests = _requests(arguments)
+    streams = _streams(arguments)
     policies = tuple(arguments.policy or POLICIES)
     with contextlib.ExitStack() as stack:
         url = Settings.from_environment(url=arguments.url).url
@@ -99,42 +106,51 @@ def run(arguments: argparse.Namespace) -> int:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dp-balancer-demo-")))
         engine = stack.enter_context(_Engine(arguments, url, pool, directory / "steps.jsonl"))
         print(f"engine     {engine.name}, {arguments.ranks} rank processes, pool {pool} ({arguments.form} form)")
-        tokens = sum(request.input_tokens for request in requests)
-        print(f"requests   {len(requests)} with {tokens:,} prompt tokens, {arguments.dispatchers} dispatchers\n")
-        results = {}
-        for policy in policies:
-            admin.configure(policy=policy)
-            times = _stream(policy, requests, arguments.dispatchers, url, pool, engine)
-            results[policy] = figures(times, engine.steps(times.first_s, times.last_s))
-            left = admin.snapshot().bookings
-            if left:
-                print(f"demo: {left} bookings were left after {policy}", file=sys.stderr)
-                return 1
+        tokens = sum(request.input_tokens for requests in streams for request in requests)
+        count, rounds = len(streams[0]), len(streams)
+        print(f"requests   {rounds} x {count}, {tokens:,} prompt tokens, {arguments.dispatchers} dispatchers\n")
+        seen: dict[str, list[Times]] = {policy: [] for policy in policies}
+        steps: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
+        for number, requests in enumerate(streams):
+            for policy in policies:
+                admin.configure(policy=policy)
+                times = _stream(policy, number, requests, arguments.dispatchers, url, pool, engine)
+                seen[policy].append(times)
+                steps[policy] += engine.steps(times.first_s, times.last_s)
+                if left := admin.snapshot().bookings:
+                    print(f"demo: {left} bookings were left after {policy}", file=sys.stderr)
+                    return 1
+        results = {policy: figures(seen[policy], steps[policy]) for policy in policies}
         print(render(results))
     if arguments.json:
         Path(arguments.json).write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
     return 0
 
 
-def _requests(arguments: argparse.Namespace) -> list[TimedRequest]:
-    count = arguments.requests or (60 if arguments.quick else 360)
-    rate = arguments.rate
-    if rate is not None and not rate > 0:
+def _streams(arguments: argparse.Namespace) -> list[list[TimedRequest]]:
+    """The stream of each round."""
+    if arguments.rate is not None and not arguments.rate > 0:
         raise InvalidInput("--rate must be more than 0, or inf")
-    for name in ("ranks", "dispatchers"):
+    for name in ("ranks", "dispatchers", "rounds", "requests"):
         if getattr(arguments, name) < 1:
             raise InvalidInput(f"--{name} must be at least 1")
+    rounds = 1 if arguments.quick else arguments.rounds
+    return [_requests(arguments, arguments.seed + number) for number in range(rounds)]
+
+
+def _requests(arguments: argparse.Namespace, seed: int) -> list[TimedRequest]:
+    count, rate = arguments.requests, arguments.rate
     if arguments.trace is None:
-        requests = generate(count, arguments.seed, rate or (30.0 if arguments.quick else 12.0))
+        requests = generate(count, seed, rate or math.inf, document_share=DOCUMENT_SHARE)
         rate = None
     else:
-        requests = load_trace(arguments.trace, rate_per_s=rate or math.inf, seed=arguments.seed)
+        requests = load_trace(arguments.trace, rate_per_s=rate or math.inf, seed=seed)
     return scaled(
         requests,
         count=count,
         rate_per_s=rate,
         max_input_tokens=arguments.max_input,
-        max_output_tokens=60 if arguments.quick else arguments.max_output,
+        max_output_tokens=QUICK_OUTPUT if arguments.quick else arguments.max_output,
     )
 
 
@@ -170,14 +186,20 @@ class _Engine:
 
 
 def _stream(
-    policy: str, requests: Sequence[TimedRequest], dispatchers: int, url: str, pool: str, engine: _Engine
+    policy: str,
+    number: int,
+    requests: Sequence[TimedRequest],
+    dispatchers: int,
+    url: str,
+    pool: str,
+    engine: _Engine,
 ) -> Times:
     """Send all requests through the replicas, each taking every n-th, and wait for the last token."""
     plans: list[list[tuple[float, str, int, int]]] = [[] for _ in range(dispatchers)]
-    for number, request in enumerate(requests):
-        name = f"{policy}-{number}"
-        plans[number % dispatchers].append((request.arrival_s, name, request.input_tokens, request.output_tokens))
-    progress = _Progress(policy, len(requests), dispatchers)
+    for index, request in enumerate(requests):
+        name = f"{policy}-{number}-{index}"
+        plans[index % dispatchers].append((request.arrival_s, name, request.input_tokens, request.output_tokens))
+    progress = _Progress(f"{policy} {number + 1}", len(requests), dispatchers)
     times = Times()
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(_Replica()) for _ in plans]
@@ -260,10 +282,10 @@ class _Progress:
             if self._terminal:
                 filled = self._WIDTH * done // self._total
                 bar = "#" * filled + "." * (self._WIDTH - filled)
-                print(f"\r{self._policy:15} [{bar}] {done}/{self._total}", end="", flush=True)
+                print(f"\r{self._policy:17} [{bar}] {done}/{self._total}", end="", flush=True)
             elif 4 * done // self._total > self._quarter:
                 self._quarter = 4 * done // self._total
-                print(f"{self._policy:15} {done}/{self._total}", flush=True)
+                print(f"{self._policy:17} {done}/{self._total}", flush=True)
 
     def end(self) -> None:
         """Close the line."""

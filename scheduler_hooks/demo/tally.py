@@ -86,6 +86,7 @@ class Tally:
             "no_rank": dict(self.no_rank),
             "ends": dict(self.ends),
             "open": self.open,
+            "is_away": self._away_since is not None,
             "dispatch_ms": self.times_ms(),
             "outages": [asdict(outage) for outage in self.outages],
         }

@@ -32,6 +32,7 @@ log = logging.getLogger("balancer.traffic")
 
 _DRAWN_AT_ONCE = 1_000
 _ALIVE_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Traffic:
 
     async def run(self) -> None:
         """Ask until the plan or `stop` ends it, then wait for what is open as long as the plan has patience."""
+        await self._wait_for_pool()
         began_s = time.monotonic()
         serving: set[asyncio.Task[None]] = set()
         for number, request in enumerate(itertools.islice(stream(self._plan), self._plan.requests)):
@@ -94,6 +96,19 @@ class Traffic:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await self._ranks.close()
+
+    async def _wait_for_pool(self) -> None:
+        """A dispatcher that begins before its pool would have nothing to place on, and nothing to fall back on."""
+        said = False
+        while True:
+            try:
+                return await self._ranks.learn()
+            except BalancerError as error:
+                if not said:
+                    log.warning("waits for its pool: %s", error)
+                said = True
+            if await self._is_stopped_by(time.monotonic() + _LOOK_EVERY_S):
+                return
 
     async def _is_stopped_by(self, moment_s: float) -> bool:
         try:

@@ -303,3 +303,15 @@ def test_the_built_in_chat_lengths_are_those_of_the_azure_trace() -> None:
         assert statistics.fmean(lengths) == pytest.approx(shape.mean_tokens, rel=0.001)
         assert percentile(lengths, 0.99) == pytest.approx(shape.p99_tokens, rel=0.001)
         assert max(lengths) == shape.max_tokens
+
+
+def test_a_share_of_the_prompts_carries_a_document() -> None:
+    chat, mixed = (generate(2_000, seed=2, rate_per_s=9, document_share=share) for share in (0.0, 0.1))
+    longer = [one for one, other in zip(mixed, chat, strict=True) if one.input_tokens != other.input_tokens]
+    assert 150 <= len(longer) <= 250
+    assert max(request.input_tokens for request in longer) > CHAT_INPUT.max_tokens
+
+
+def test_a_document_share_that_is_none_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="between 0 and 1"):
+        generate(1, seed=1, rate_per_s=1, document_share=1.5)
