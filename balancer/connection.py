@@ -6,7 +6,9 @@ first used: where to go is `route`'s business, whether to try again is `store`'s
 
 from __future__ import annotations
 
+import socket
 import ssl
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
-from balancer.errors import CorruptPool, StoreDenied, StoreError, StoreUnavailable
+from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.settings import Settings
 
 # What the driver would say and ask on each new connection costs a round trip each, which a short budget does not have,
@@ -38,6 +40,9 @@ MOST_CONNECTIONS = 1_024
 """Most connections of one dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and an
 outage to us: beyond it it raises what it raises for a server that is gone."""
 
+_DENIED = (driver.AuthenticationError, driver.AuthorizationError, driver.NoPermissionError)
+_DENIED_WORDS = ("unauthenticated", "The user executing the script", "ACL failure in script")
+"""Without a password a server takes no command as long as ours; the others come from inside a script."""
 _NOT_NOW = (
     driver.ConnectionError,
     driver.TimeoutError,
@@ -62,15 +67,43 @@ class Client(Protocol):
         ...
 
 
+class _TlsConnection(redis.SSLConnection):
+    """One TLS context for all connections: the driver makes one for each, which takes 40 ms, longer than a try may."""
+
+    def __init__(self, context: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(**options)
+        self._context = context
+
+    def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        return self._context.wrap_socket(sock, server_hostname=self.host)
+
+
+class _AsyncTlsConnection(redis.asyncio.SSLConnection):
+    """The same for asyncio, where those 40 ms hold up everybody."""
+
+    def __init__(self, context: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(**options)
+        self._context = context
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        return {**redis.asyncio.Connection._connection_arguments(self), "ssl": self._context}
+
+
 C = TypeVar("C")
 
 
 class Clients(Generic[C]):
-    """One client per node, made when it is first asked for; `kind` is the driver's class."""
+    """One client per node, made when it is first asked for; `kind`, `pool` and `tls` are the driver's classes."""
 
-    def __init__(self, kind: type[C], retry: Any, settings: Settings) -> None:
-        self._kind, self._options = kind, _options(settings, retry)
+    def __init__(self, kind: type[C], pool: Any, tls: Any, retry: Any, settings: Settings) -> None:
+        self._kind: Any = kind
+        self._pool, self._tls = pool, tls
         self._address = settings.checked_address()
+        self._options = _options(settings, retry)
+        if self._address.is_tls:
+            # A handshake is two round trips more, and work for both sides.
+            self._options["socket_connect_timeout"] *= 2
+            self._options["context"] = _tls_context(self._address)
         self._made: dict[Node, C] = {}
 
     def to(self, node: Node) -> C:
@@ -82,25 +115,27 @@ class Clients(Generic[C]):
         """All clients so far."""
         return tuple(self._made.values())
 
-    def _make(self, node: Node) -> C:
+    def _make(self, node: Node) -> Any:
         address, options = self._address, dict(self._options)
-        if node.port:
-            options.update(host=node.host, port=node.port, **_tls(address))
-        else:
-            options.update(unix_socket_path=node.host)
         if not node.is_sentinel:
             options.update(db=address.db, username=address.username, password=address.password)
+        if not node.port:
+            return self._kind(unix_socket_path=node.host, **options)
+        options.update(host=node.host, port=node.port)
+        if address.is_tls:
+            return self._kind.from_pool(self._pool(connection_class=self._tls, **options))
         return self._kind(**options)
 
 
 def sync_clients(settings: Settings) -> Clients[redis.Redis]:
     """Clients that block; shared between threads, and across fork."""
-    return Clients(redis.Redis, Retry(NoBackoff(), 0), settings)
+    return Clients(redis.Redis, redis.ConnectionPool, _TlsConnection, Retry(NoBackoff(), 0), settings)
 
 
 def async_clients(settings: Settings) -> Clients[redis.asyncio.Redis]:
     """Clients of one event loop."""
-    return Clients(redis.asyncio.Redis, AsyncRetry(NoBackoff(), 0), settings)
+    retry = AsyncRetry(NoBackoff(), 0)
+    return Clients(redis.asyncio.Redis, redis.asyncio.ConnectionPool, _AsyncTlsConnection, retry, settings)
 
 
 def no_answer(settings: Settings) -> str:
@@ -113,8 +148,7 @@ def translated(error: Exception, settings: Settings, node: Node) -> StoreError |
     text, where = str(error), f"Redis at {redacted(settings.url or '')}"
     if str(node) not in where:
         where += f" (node {node})"
-    is_refusal = isinstance(error, driver.AuthenticationError | driver.AuthorizationError | driver.NoPermissionError)
-    if is_refusal or "unauthenticated" in text:  # without a password a server takes no command as long as ours
+    if isinstance(error, _DENIED) or any(word in text for word in _DENIED_WORDS):
         return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")
     if _is_tls_refusal(error):
         return StoreDenied(f"{where}: certificate not accepted: {text} (check CA, client certificate and rediss://)")
@@ -143,16 +177,16 @@ def _options(settings: Settings, retry: Any) -> dict[str, Any]:
     }
 
 
-def _tls(address: Address) -> dict[str, Any]:
-    if not address.is_tls:
-        return {}
-    return {
-        "ssl": True,
-        "ssl_check_hostname": True,
-        "ssl_ca_certs": address.ca_file,
-        "ssl_certfile": address.cert_file,
-        "ssl_keyfile": address.key_file,
-    }
+def _tls_context(address: Address) -> ssl.SSLContext:
+    """The server's certificate and name are checked; ours is shown where there is one."""
+    try:
+        context = ssl.create_default_context(cafile=address.ca_file)
+        if address.cert_file:
+            context.load_cert_chain(address.cert_file, address.key_file)
+    except OSError as error:  # ssl.SSLError is one
+        files = ", ".join(file for file in (address.ca_file, address.cert_file, address.key_file) if file)
+        raise InvalidInput(f"a certificate or key cannot be used ({files}): {error}") from None
+    return context
 
 
 def _is_tls_refusal(error: Exception) -> bool:

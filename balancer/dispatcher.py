@@ -34,9 +34,7 @@ class Dispatcher:
         self._placing = _placing(settings)
 
     @classmethod
-    def connect(
-        cls, url: str | None = None, pool: str | None = None, **settings: str | int | None
-    ) -> Dispatcher:
+    def connect(cls, url: str | None = None, pool: str | None = None, **settings: str | int | None) -> Dispatcher:
         """A dispatcher for `pool` at `url`; what is not given comes from the environment (`balancer.settings`)."""
         return cls(Settings.from_environment(None, url=url, pool=pool, **settings))
 
@@ -106,9 +104,7 @@ class AsyncDispatcher:
         self._placing = _placing(settings)
 
     @classmethod
-    def connect(
-        cls, url: str | None = None, pool: str | None = None, **settings: str | int | None
-    ) -> AsyncDispatcher:
+    def connect(cls, url: str | None = None, pool: str | None = None, **settings: str | int | None) -> AsyncDispatcher:
         """See `Dispatcher.connect`."""
         return cls(Settings.from_environment(None, url=url, pool=pool, **settings))
 

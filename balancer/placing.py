@@ -59,9 +59,7 @@ class Placing:
             if not self.breaker.admits():
                 break
             try:
-                released += yield protocol.release(
-                    self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE]
-                )
+                released += yield protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
             except StoreError as error:
                 self._lost(error)
                 break
@@ -99,9 +97,7 @@ class Placing:
             choice = self.last_known.choose(request.tokens)
             if choice is None and self._denied:
                 raise StoreDenied(self._denied)
-            outcomes.append(
-                Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE
-            )
+            outcomes.append(Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE)
         return self._answers(requests, outcomes)
 
     def _answers(

@@ -189,9 +189,7 @@ def _refuse(pool: str, word: str, reply: Reply, incarnation: Incarnation | None)
             f"pool {pool!r} has schema {_text(reply[1])}, newer than this release knows: upgrade dp-balancer here"
         )
     if word == "unknown_pool":
-        raise UnknownPool(
-            f"no pool {pool!r} in this Redis: check its name; a pool begins when an engine joins it"
-        )
+        raise UnknownPool(f"no pool {pool!r} in this Redis: check its name; a pool begins when an engine joins it")
     assert incarnation is not None, f"script and protocol disagree on {word!r}"
     if word == "fenced":
         raise Fenced(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from balancer import settings
-from balancer.cli import configure, demo, doctor, drain, redis_server, script, status, version
+from balancer.cli import configure, demo, doctor, drain, redis_server, script, simulate, status, version
 from balancer.cli.exits import MEANINGS
 from balancer.cli.verb import Verb
 from balancer.errors import InvalidInput
@@ -21,6 +21,7 @@ VERBS: tuple[Verb, ...] = (
     doctor.VERB,
     script.VERB,
     redis_server.VERB,
+    simulate.VERB,
     version.VERB,
 )
 

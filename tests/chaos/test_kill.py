@@ -129,9 +129,7 @@ def test_an_engine_that_is_restarted_begins_a_new_epoch_with_empty_ranks(
             assert all(rank.in_flight_tokens == 0 for rank in admin.snapshot().ranks)
 
 
-def test_with_every_engine_dead_the_pool_says_all_silent(
-    server: EmbeddedRedis, eventually: Eventually
-) -> None:
+def test_with_every_engine_dead_the_pool_says_all_silent(server: EmbeddedRedis, eventually: Eventually) -> None:
     settings = settings_for(server)
     configured(settings)
     with MockEngineProcess(server.url, "p") as engine, Dispatcher(settings) as dispatcher:

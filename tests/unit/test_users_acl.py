@@ -41,7 +41,7 @@ def test_a_user_reaches_this_projects_keys_only(user: str) -> None:
 
 
 def test_nobody_logs_in_as_default_which_keeps_its_rights_for_the_append_only_file() -> None:
-    # Redis 7.0 loads the file as `default`, and refuses its MULTIs, which every script's writes are, to one without rights.
+    # Redis 7.0 loads the file as `default`, and refuses its MULTIs (every script's writes) to one without rights.
     assert rules("default") == ["off", "~*", "&*", "+@all"]
 
 

@@ -1,0 +1,134 @@
+"""The project's policies in Python: twins of `lua/policies`, for runs of many requests.
+
+The shipped Lua decides; a twin only repeats it faster, and `tests/unit/test_simulator.py` holds the two together,
+choice by choice. A twin sees the ranks in the order in which a sorted set with equal scores has them (by name), so that
+ties fall alike. Each keeps what the Lua keeps in the pool's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+TURNS = 1_000_000
+"""A turn is the last six digits of an in-flight id: what decides between equals."""
+
+
+@dataclass(slots=True)
+class Loads:
+    """What a policy sees of each rank, holding + in flight: tokens, requests, and prompt tokens not yet prefilled."""
+
+    tokens: list[int]
+    requests: list[int]
+    pending: list[int]
+
+
+class Policy(Protocol):
+    """A rule that chooses ranks."""
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The rank for one request, which is then booked there."""
+
+
+class RoundRobin:
+    """Each rank in turn, blind to load."""
+
+    def __init__(self, ranks: int) -> None:
+        self._turn, self._ranks = 0, ranks
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The next rank."""
+        self._turn += 1
+        return self._turn % self._ranks
+
+
+class MinimumTokens:
+    """The least load in tokens; of equals the one whose turn it is."""
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The least loaded rank."""
+        return one_of_least(loads.tokens, turn)
+
+
+class MinimumRequests:
+    """The fewest requests; of equals the one whose turn it is."""
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The rank with the shortest queue."""
+        return one_of_least(loads.requests, turn)
+
+
+class Random:
+    """Any rank."""
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The rank whose turn it is; in-flight ids are spread evenly."""
+        return turn % len(loads.tokens)
+
+
+class PowerOfTwo:
+    """Of two ranks drawn at random the one with fewer tokens."""
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The lesser of two."""
+        ranks = len(loads.tokens)
+        if ranks == 1:
+            return 0
+        one, step = turn % ranks, 1 + turn // ranks % (ranks - 1)
+        other = (one + step) % ranks
+        return one if loads.tokens[one] <= loads.tokens[other] else other
+
+
+class Envelope:
+    """Fewest requests among ranks that stay within an envelope in tokens.
+
+    The envelope is as high as the fullest rank, and at most `k` times the decayed largest prompt above the mean, so
+    that a giant leaves the others room without a licence to pile up. Where nobody fits, the rank whose larger share, of
+    tokens or of requests, is least.
+    """
+
+    def __init__(self, k: float = 0.25, decay: float = 0.999) -> None:
+        self._k, self._decay, self._largest = k, decay, 0.0
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The rank with the fewest requests within the envelope; of these the fullest."""
+        self._largest = max(float(tokens), self._largest * self._decay)
+        held, requests = loads.tokens, loads.requests
+        total = sum(held)
+        room = min(max(held), total / len(held) + self._k * self._largest) - tokens
+        best, fewest, fullest = -1, 0, 0
+        for rank, load in enumerate(held):
+            if load <= room:
+                count = requests[rank]
+                if best < 0 or count < fewest or (count == fewest and load > fullest):
+                    best, fewest, fullest = rank, count, load
+        if best >= 0:
+            return best
+        tokens_share, requests_share = 1 / max(total, 1), 1 / max(sum(requests), 1)
+        shares = [
+            max((load + tokens) * tokens_share, (count + 1) * requests_share)
+            for load, count in zip(held, requests, strict=True)
+        ]
+        return one_of_least(shares, turn)
+
+
+def one_of_least(values: Sequence[float], turn: int) -> int:
+    """The place of the least value; of equals the one whose turn it is."""
+    least = min(values)
+    equals = values.count(least)  # one pass in C; more than one is rare once the pool is busy
+    if equals == 1:
+        return values.index(least)
+    places = [place for place, value in enumerate(values) if value == least]
+    return places[turn % equals]
+
+
+TWINS: Mapping[str, Callable[[int], Policy]] = {
+    "round_robin": RoundRobin,
+    "random": lambda ranks: Random(),
+    "minimum_requests": lambda ranks: MinimumRequests(),
+    "minimum_tokens": lambda ranks: MinimumTokens(),
+    "power_of_two": lambda ranks: PowerOfTwo(),
+    "envelope": lambda ranks: Envelope(),
+}
+"""How a twin is made for a number of ranks, by the name of its policy."""
