@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import redis
 import redis.asyncio
@@ -21,6 +21,7 @@ from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
+from balancer.names import Names
 from balancer.settings import Settings
 
 # What the driver would say and ask on each new connection costs a round trip each, which a short budget does not have,
@@ -67,7 +68,27 @@ class Client(Protocol):
         ...
 
 
-class _TlsConnection(redis.SSLConnection):
+_names = Names()
+
+
+class _Connection(redis.Connection):
+    """One whose host's name is looked up within the time for connecting; the driver's own look-up has no limit."""
+
+    def _connect(self) -> socket.socket:
+        name, problem = self.host, OSError("no address")
+        try:
+            for address in _names.addresses(name, self.socket_connect_timeout or 0):
+                self.host = address
+                try:
+                    return cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
+                except OSError as error:
+                    problem = error
+        finally:
+            self.host = name
+        raise problem
+
+
+class _TlsConnection(redis.SSLConnection, _Connection):
     """One TLS context for all connections: the driver makes one for each, which takes 40 ms, longer than a try may."""
 
     def __init__(self, context: ssl.SSLContext, **options: Any) -> None:
@@ -78,28 +99,48 @@ class _TlsConnection(redis.SSLConnection):
         return self._context.wrap_socket(sock, server_hostname=self.host)
 
 
-class _AsyncTlsConnection(redis.asyncio.SSLConnection):
-    """The same for asyncio, where those 40 ms hold up everybody."""
+class _AsyncConnection(redis.asyncio.Connection):
+    """The same for asyncio, where a look-up without a limit would hold one of the loop's few threads."""
+
+    _tls: ssl.SSLContext | None = None
+    _address = ""
+
+    async def _connect(self) -> None:
+        problem = OSError("no address")
+        for address in await _names.addresses_async(self.host, self.socket_connect_timeout or 0):
+            self._address = address
+            try:
+                await super()._connect()  # type: ignore[no-untyped-call]
+                return
+            except OSError as error:
+                problem = error
+        raise problem
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        arguments: dict[str, Any] = {"host": self._address, "port": self.port}
+        return {**arguments, "ssl": self._tls, "server_hostname": self.host} if self._tls else arguments
+
+
+class _AsyncTlsConnection(_AsyncConnection):
+    """And one TLS context for all, for making one would hold up everybody."""
 
     def __init__(self, context: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
-        self._context = context
-
-    def _connection_arguments(self) -> Mapping[str, Any]:
-        return {**redis.asyncio.Connection._connection_arguments(self), "ssl": self._context}
+        self._tls = context
 
 
 C = TypeVar("C")
 
 
 class Clients(Generic[C]):
-    """One client per node, made when it is first asked for; `kind`, `pool` and `tls` are the driver's classes."""
+    """One client per node, made when it is first asked for; `kind` and `pool` are the driver's classes."""
 
-    def __init__(self, kind: type[C], pool: Any, tls: Any, retry: Any, settings: Settings) -> None:
+    def __init__(self, kind: type[C], pool: Any, plain: Any, tls: Any, retry: Any, settings: Settings) -> None:
         self._kind: Any = kind
-        self._pool, self._tls = pool, tls
+        self._pool = pool
         self._address = settings.checked_address()
         self._options = _options(settings, retry)
+        self._connection = tls if self._address.is_tls else plain
         if self._address.is_tls:
             # A handshake is two round trips more, and work for both sides.
             self._options["socket_connect_timeout"] *= 2
@@ -121,21 +162,22 @@ class Clients(Generic[C]):
             options.update(db=address.db, username=address.username, password=address.password)
         if not node.port:
             return self._kind(unix_socket_path=node.host, **options)
-        options.update(host=node.host, port=node.port)
-        if address.is_tls:
-            return self._kind.from_pool(self._pool(connection_class=self._tls, **options))
-        return self._kind(**options)
+        return self._kind.from_pool(
+            self._pool(connection_class=self._connection, host=node.host, port=node.port, **options)
+        )
 
 
 def sync_clients(settings: Settings) -> Clients[redis.Redis]:
     """Clients that block; shared between threads, and across fork."""
-    return Clients(redis.Redis, redis.ConnectionPool, _TlsConnection, Retry(NoBackoff(), 0), settings)
+    retry = Retry(NoBackoff(), 0)
+    return Clients(redis.Redis, redis.ConnectionPool, _Connection, _TlsConnection, retry, settings)
 
 
 def async_clients(settings: Settings) -> Clients[redis.asyncio.Redis]:
     """Clients of one event loop."""
     retry = AsyncRetry(NoBackoff(), 0)
-    return Clients(redis.asyncio.Redis, redis.asyncio.ConnectionPool, _AsyncTlsConnection, retry, settings)
+    pool = redis.asyncio.ConnectionPool
+    return Clients(redis.asyncio.Redis, pool, _AsyncConnection, _AsyncTlsConnection, retry, settings)
 
 
 def no_answer(settings: Settings) -> str:

@@ -18,22 +18,16 @@ if #ARGV == 5 and ARGV[2] == '0' then  -- before the general rule's functions ar
 end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include open_pool, keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary
+--@include keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary
 --@include policies/minimum_tokens, policies/round_robin
 local EXPIRED_PER_DISPATCH = 16
 local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
 local dispatcher, want_loads = ARGV[1], ARGV[2]
 
-local function settings()
-  return unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
-end
-
-local schema, policy, booking_lease_ms, when_full, when_silent, lives = settings()
-if schema and tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
-if not schema and call('EXISTS', engines) == 1 then  -- somebody has deleted them
-  open_pool()
-  schema, policy, booking_lease_ms, when_full, when_silent, lives = settings()
-end
+local schema, policy, booking_lease_ms, when_full, when_silent, lives =
+  unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
+if not schema then return no_pool() end
+if tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
 local now = now_ms()
 local stale = end_leases(now)
 expire(now, EXPIRED_PER_DISPATCH + (#ARGV - 2) / 3)
@@ -43,7 +37,7 @@ local ids = {}
 for at = 3, #ARGV, 3 do ids[#ids + 1] = ARGV[at] end
 local records = call('HMGET', bookings, unpack(ids))
 local outcomes, batch, first, again, timed = {}, {}, {}, {}, {}
-local deadline = decimal(now + (booking_lease_ms or 0))
+local deadline = decimal(now + booking_lease_ms)
 for i, id in ipairs(ids) do
   local rank, _, counts
   if records[i] then rank, _, counts = read_booking(records[i]) end
@@ -80,7 +74,7 @@ for _, i in ipairs(again) do  -- an id twice in one list
   outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
 end
 book(placed, timed, dispatcher, lives)
-if schema then note_ordinary(now) end
+note_ordinary(now)
 
 outcomes[#outcomes + 1] = want_loads == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
 local reply = {'dispatched', stale and 1 or 0}

@@ -6,7 +6,7 @@
 --          engine_name  text  of the engine
 --          index        text  the rank's index, or empty for all of the engine's ranks
 -- RETURNS  {'drained' or 'undrained', ranks now eligible in the pool}, {'unknown_rank'} or {'newer_schema', schema}
---@include keys, check_types, decimal, engine_record, eligible, open_pool, keep_alive
+--@include keys, check_types, decimal, engine_record, eligible, newer_schema, keep_alive
 local verb, engine_name, index = unpack(ARGV)
 
 -- with_index: the list of draining indices with one added or taken away.
@@ -23,6 +23,7 @@ end
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()
+if call('HEXISTS', pool, 'schema') == 0 then return {'unknown_rank'} end
 local found = false
 for _, name in ipairs(call('HKEYS', engines)) do
   local engine = read_engine(name)

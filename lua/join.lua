@@ -9,20 +9,20 @@
 --          address          text     where dispatchers reach it, may be empty
 --          capacity_tokens  integer  tokens each rank can hold, 0 for no limit
 -- RETURNS  {'joined', epoch (ms)}, {'wrong_size', the size it has joined with} or {'newer_schema', schema}
---@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, open_pool, overlapping
---@include ordinary, begin_life, keep_alive
+--@include keys, check_types, newer_schema, now_ms, decimal, engine_record, eligible, booking, remove_engine
+--@include open_pool, overlapping, ordinary, begin_life, keep_alive
 local name, size, nonce, address, capacity_tokens = unpack(ARGV)
 
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()
+open_pool()
 local earlier = read_engine(name)
 if earlier and earlier.nonce == nonce then
   if earlier.size ~= tonumber(size) then return {'wrong_size', decimal(earlier.size)} end
   return {'joined', decimal(earlier.epoch)}
 end
 
-open_pool()
 local now = now_ms()
 local engine = {
   name = name, state = 'up', step = 0, size = tonumber(size), reported_ms = now, draining = '-', nonce = nonce,

@@ -12,8 +12,8 @@
 --          then for each rank: holding tokens, requests; then the received in-flight ids
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
---@include keys, check_types, now_ms, decimal, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include end_leases, expire, open_pool, overlapping, ordinary, begin_life, keep_alive
+--@include keys, check_types, newer_schema, now_ms, decimal, engine_record, eligible, booking, remove_engine
+--@include add_in_flight, end_bookings, end_leases, expire, open_pool, overlapping, ordinary, begin_life, keep_alive
 local EXPIRED_PER_REPORT = 256
 local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
 local FIRST_COUNT = 8
@@ -22,6 +22,7 @@ size, epoch, step = tonumber(size), tonumber(epoch), tonumber(step)
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()
+open_pool()
 local engine = read_engine(name)
 local is_known = engine and engine.epoch == epoch
 if is_known and engine.size ~= size then return {'wrong_size', decimal(engine.size)} end
@@ -32,7 +33,6 @@ end
 local now = now_ms()
 local from = read_ordinary()
 if from and now < from then withdraw_ordinary() end
-open_pool()
 if not is_known then
   engine = {name = name, epoch = epoch, step = -1, size = size, draining = '-', nonce = nonce, address = address}
   begin_life(engine, capacity_tokens, now)

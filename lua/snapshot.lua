@@ -5,7 +5,7 @@
 -- RETURNS  {'snapshot', now (ms), pool, engines, holding, requests, in_flight, in_flight_requests, capacity,
 --          bookings counted, {} or {the next booking to end, its deadline (ms)}, loads}; hashes and sorted sets as flat lists
 --          or {'newer_schema', schema} or {'unknown_pool'}
---@include keys, now_ms, open_pool
+--@include keys, now_ms, newer_schema
 local refusal = newer_schema()
 if refusal then return refusal end
 if call('HEXISTS', pool, 'schema') == 0 then return {'unknown_pool'} end

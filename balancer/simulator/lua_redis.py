@@ -147,6 +147,9 @@ class LuaRedis:
             self._drop(key)
         return len(found)
 
+    def _do_unlink(self, *keys: str) -> Reply:
+        return self._do_del(*keys)
+
     def _do_pexpire(self, key: str, ms: str) -> Reply:
         if self._read(key) is None:
             return 0

@@ -8,6 +8,8 @@ local function withdraw_ordinary()
 end
 
 local function read_ordinary()
-  local from, until_ms, lease_ms, lives = string.match(call('HGET', pool, 'ordinary') or '', '^(%d+) (%d+) (%d+) (%d+)$')
+  local schema, note = unpack(call('HMGET', pool, 'schema', 'ordinary'))
+  if not note or tonumber(schema) ~= SCHEMA then return end
+  local from, until_ms, lease_ms, lives = string.match(note, '^(%d+) (%d+) (%d+) (%d+)$')
   return tonumber(from), tonumber(until_ms), tonumber(lease_ms), lives
 end

@@ -8,6 +8,7 @@ local function recall_silent(now)
       write_engine(engine)
       call('ZADD', leases, decimal(now), name)
       enter_loads(engine)
+      withdraw_ordinary()
       keep_alive()
     end
   end

@@ -106,7 +106,14 @@ class Oracle:
     # -- changes
 
     def open(self) -> None:
-        self.settings = {**DEFAULTS, **self.settings}
+        """Settings begin with the defaults; a pool that has lost them begins anew."""
+        if not self.settings:
+            self.settings = dict(DEFAULTS)
+            self.lives, self.life_of, self.held, self.bookings = {}, {}, {}, {}
+
+    def lose_settings(self) -> None:
+        self.settings = {}
+        self.last_epoch = self.turn = self.expired = 0
 
     def overlapping(self, who: Incarnation) -> list[Life]:
         """The lives that have a rank in common with `who`, or its name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import orjson
@@ -27,20 +27,6 @@ T = TypeVar("T")
 
 POOL = "property"
 ENGINE_LEASE_MS, BOOKING_LEASE_MS, FORGET_MS = 5_000, 60_000, 3_600_000
-TOKENS = (1, 2, 7, 100, 1_000, 2**31 - 1)
-COUNTS = (0, 1, 50, 999, 2**40)
-CAPACITIES = (None, None, 1, 500, 5_000)
-MOVES_MS = (0, 1, 999, ENGINE_LEASE_MS - 1, ENGINE_LEASE_MS, BOOKING_LEASE_MS, FORGET_MS, -1, -7_000)
-CHANGES = (
-    {"policy": "round_robin"},
-    {"policy": "minimum_tokens"},
-    {"when_full": "least_loaded"},
-    {"when_full": "refuse"},
-    {"when_silent": "last_known"},
-    {"when_silent": "refuse"},
-    {"engine_lease_ms": 9_000, "booking_lease_ms": 3_000},
-)
-
 _DUMP = """
 local all, ttls = {}, {}
 for i, key in ipairs(KEYS) do
@@ -58,6 +44,7 @@ class Program:
 
     def __init__(self, wire: Wire, below: Callable[[int], int]) -> None:
         self.wire, self.below = wire, below
+        self.weather = self.pick((ROUGH, CALM))
         self.oracle = Oracle()
         self.known: list[Incarnation] = []  # every life so far, the dead included
         self.steps_of: dict[str, int] = {}  # by nonce: the last step reported
@@ -74,9 +61,12 @@ class Program:
     def pick(self, choices: Sequence[T]) -> T:
         return choices[self.below(len(choices))]
 
+    def request_id(self) -> str:
+        return f"r{self.below(self.weather.request_ids)}"
+
     def step(self) -> None:
         """One random step, now and then repeated at once: every write may be."""
-        act = self.pick(_ACTS)
+        act = self.pick(self.weather.acts)
         again = act(self)
         if again and not self.below(4):
             self.log.append("  again")
@@ -124,14 +114,17 @@ class Program:
     # -- acts: each returns how to do the very same again, or None
 
     def dispatch(self) -> Callable[[], None]:
-        count = self.pick((1, 1, 1, 2, 5, 12))
-        requests = [Request(f"r{self.below(40)}", self.pick(TOKENS)) for _ in range(count)]
-        want_loads, name = bool(self.below(2)), f"d{self.below(3)}"
+        count = self.pick(self.weather.list_lengths)
+        requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
+        want_loads, name = not self.below(self.weather.loads_wanted_one_in), f"d{self.below(3)}"
 
         def act() -> None:
             self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]}")
             answer = self.run(protocol.dispatch(POOL, name, requests, want_loads))
             assert answer
+            if not self.oracle.settings:
+                assert set(answer.outcomes) == {NoRankReason.NOBODY_JOINED}
+                return self.check()
             self.oracle.end_leases(self.now, 16 + len(requests))
             self.oracle.recall(self.now)
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
@@ -173,7 +166,7 @@ class Program:
             oracle.book(id_, outcome.rank, request.tokens, self.now)
 
     def release(self) -> Callable[[], None]:
-        names = [f"r{self.below(40)}" for _ in range(self.pick((1, 1, 3)))]
+        names = [self.request_id() for _ in range(self.pick((1, 1, 3)))]
 
         def act() -> None:
             self.log.append(f"release {names}")
@@ -185,7 +178,7 @@ class Program:
         return act
 
     def join(self) -> Callable[[], None]:
-        engine, nonce, capacity = self.pick("abc"), f"n{len(self.known)}", self.pick(CAPACITIES)
+        engine, nonce, capacity = self.pick("abc"), f"n{len(self.known)}", self.pick(self.weather.capacities)
         index = self.below(4) if self.below(3) == 0 else None
         size = 1 if index is not None else 1 + self.below(4)
         who = Incarnation(engine, size, nonce, index, f"host-{engine}:1", capacity)
@@ -204,6 +197,7 @@ class Program:
 
     def _join(self, who: Incarnation) -> None:
         self.log.append(f"join {who.name} size={who.size} {who.nonce} capacity={who.capacity_tokens}")
+        self.oracle.open()
         life = self.oracle.lives.get(who.name)
         if life and life.who.nonce == who.nonce:
             if life.who.size != who.size:
@@ -225,8 +219,8 @@ class Program:
             return None
         who = self.pick(self.known[-8:])
         step = max(0, self.steps_of[who.nonce] + self.pick((1, 1, 1, 0, -1, 7)))
-        counts = [RankCounts(self.pick(COUNTS), self.pick(COUNTS)) for _ in who.ranks]
-        received = [in_flight_id(f"r{self.below(44)}") for _ in range(self.pick((0, 1, 3, 8)))]
+        counts = [RankCounts(self.pick(self.weather.counts), self.pick(self.weather.counts)) for _ in who.ranks]
+        received = [in_flight_id(self.request_id()) for _ in range(self.pick((0, 1, 3, 8)))]
         self.steps_of[who.nonce] = max(step, self.steps_of[who.nonce])
 
         def act() -> None:
@@ -237,6 +231,7 @@ class Program:
 
     def _report(self, who: Incarnation, report: Report) -> None:
         oracle, operation = self.oracle, protocol.report(POOL, who, report)
+        oracle.open()
         self.log.append(f"report of {who.name} {who.nonce} {report}")
         life = oracle.lives.get(who.name)
         if any(other.who.epoch > who.epoch for other in oracle.overlapping(who)):
@@ -288,7 +283,7 @@ class Program:
             ranks = {
                 rank: life for life in lives for rank in life.who.ranks if index is None or rank == f"{engine}/{index}"
             }
-            if ranks:
+            if ranks and self.oracle.settings:
                 for rank, life in ranks.items():
                     (life.draining.discard if undo else life.draining.add)(rank)
                 assert self.run(operation) == len(self.oracle.loads())
@@ -300,7 +295,7 @@ class Program:
         return act
 
     def configure(self) -> Callable[[], None]:
-        changes = self.pick(CHANGES)
+        changes = self.pick(self.weather.changes)
 
         def act() -> None:
             self.log.append(f"configure {changes}")
@@ -313,9 +308,15 @@ class Program:
         return act
 
     def pass_time(self) -> None:
-        moved = self.pick(MOVES_MS)
+        moved = self.pick(self.weather.moves_ms)
         self.log.append(f"the clock moves by {moved} ms")
         self.set_clock(self.now + moved)
+
+    def lose_settings(self) -> None:
+        """Somebody deletes the settings: there is no pool until an engine joins or reports, and then a new one."""
+        self.log.append("the settings are deleted")
+        self.wire.ask("DEL", pool_keys(POOL)[0])
+        self.oracle.lose_settings()
 
     def finish(self) -> None:
         """Leases end: nothing is in flight any more. Everybody leaves: nothing but the settings is left."""
@@ -331,17 +332,81 @@ class Program:
         assert set(self.wire.ask("KEYS", "*")) == {CLOCK_KEY, f"dpb:{{{POOL}}}:pool"}
 
 
-_ACTS: tuple[Callable[[Program], Callable[[], None] | None], ...] = (
-    *[Program.dispatch] * 8,
-    *[Program.report] * 6,
-    *[Program.release] * 3,
-    *[Program.join] * 2,
-    *[Program.pass_time] * 3,
-    Program.rejoin,
-    Program.leave,
-    Program.drain,
-    Program.drain,
-    Program.configure,
+@dataclass(frozen=True)
+class Weather:
+    """What a program is likely to meet."""
+
+    request_ids: int
+    list_lengths: Sequence[int]
+    tokens: Sequence[int]
+    counts: Sequence[int]
+    capacities: Sequence[int | None]
+    moves_ms: Sequence[int]
+    changes: Sequence[dict[str, object]]
+    loads_wanted_one_in: int
+    acts: Sequence[Callable[[Program], Callable[[], None] | None]]
+
+
+ROUGH = Weather(  # everything happens, and most of it at a limit
+    request_ids=40,
+    list_lengths=(1, 1, 1, 2, 5, 12),
+    tokens=(1, 2, 7, 100, 1_000, 2**31 - 1),
+    counts=(0, 1, 50, 999, 2**40),
+    capacities=(None, None, 1, 500, 5_000),
+    moves_ms=(0, 1, 999, ENGINE_LEASE_MS - 1, ENGINE_LEASE_MS, BOOKING_LEASE_MS, FORGET_MS, -1, -7_000),
+    changes=(
+        {"policy": "round_robin"},
+        {"policy": "minimum_tokens"},
+        {"when_full": "least_loaded"},
+        {"when_full": "refuse"},
+        {"when_silent": "last_known"},
+        {"when_silent": "refuse"},
+        {"engine_lease_ms": 9_000, "booking_lease_ms": 3_000},
+    ),
+    loads_wanted_one_in=2,
+    acts=(
+        *[Program.dispatch] * 16,
+        *[Program.report] * 12,
+        *[Program.release] * 6,
+        *[Program.join] * 4,
+        *[Program.pass_time] * 6,
+        *[Program.drain] * 4,
+        *[Program.rejoin] * 2,
+        *[Program.leave] * 2,
+        *[Program.configure] * 2,
+        Program.lose_settings,
+    ),
+)
+CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, until something happens
+    request_ids=150,
+    list_lengths=(1, 1, 1, 1, 1, 1, 1, 3),
+    tokens=range(1, 2_000),
+    counts=range(5_000),
+    capacities=(None,) * 7 + (5_000,),
+    moves_ms=(0, 1, 100, 300, 300, 1_000, 2_000, ENGINE_LEASE_MS, -1, -300, -2_000),
+    changes=(
+        {"policy": "round_robin"},
+        {"policy": "minimum_tokens"},
+        {"when_silent": "last_known"},
+        {"booking_lease_ms": 600},
+        {"booking_lease_ms": 1_100, "engine_lease_ms": 60_000},
+        {"engine_lease_ms": 700},
+        {"engine_lease_ms": 5_000},
+    ),
+    loads_wanted_one_in=10,
+    acts=(
+        *[Program.dispatch] * 40,
+        *[Program.report] * 12,
+        *[Program.release] * 6,
+        *[Program.pass_time] * 8,
+        *[Program.join] * 3,
+        *[Program.drain] * 3,
+        Program.rejoin,
+        Program.leave,
+        Program.configure,
+        Program.configure,
+        Program.lose_settings,
+    ),
 )
 
 
