@@ -1,8 +1,8 @@
 """Names of hosts to addresses within a time limit, which the system's resolver does not know.
 
 A name server that is gone, or that has never heard of a server that is gone, takes seconds to be given up: longer than
-any budget, and on a thread that nobody can interrupt. So each look-up has a thread of its own, at most one per name at a
-time, and whoever asks waits as long as it can afford. `connection` asks; nothing is remembered, for addresses change.
+any budget, and on a thread that nobody can interrupt. So each look-up has a thread of its own, at most one per name at
+a time, and whoever asks waits as long as it can afford. `connection` asks; nothing is remembered, for addresses change.
 """
 
 from __future__ import annotations

@@ -86,6 +86,9 @@ class Mirror:
             self._here = TimelessKeys()
         elif command[:2] == ("SET", CLOCK_KEY):
             self._here.now_ms = int(command[2])
+        elif command[0] == "DEL":
+            delete = Script("delete", "return redis.call('DEL', unpack(KEYS))", "delete")
+            return True, self._evaluate(delete, command[1:], ())
         elif command[0] == "EVALSHA" and command[1] in SHIPPED:
             keys = 3 + int(command[2])
             return True, self._evaluate(SHIPPED[str(command[1])], command[3:keys], command[keys:])
