@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ PATIENT = {"DP_BALANCER_BUDGET_MS": "2000"}
 """Environment of a dispatcher that is to place all it is asked, however crowded the cores are."""
 ENGINE_LEASE_MS = 2_500
 BOOKING_LEASE_MS = 7_000
+_READY_WITHIN_S = 30.0
 
 
 class TrafficRun:
@@ -44,7 +46,10 @@ class TrafficRun:
     def wait_ready(self) -> None:
         """Wait until Redis has placed a first request."""
         assert self.process.stdout
+        limit = threading.Timer(_READY_WITHIN_S, self.process.kill)
+        limit.start()
         line = self.process.stdout.readline()
+        limit.cancel()
         assert line == '{"ready":true}\n', line + self.process.communicate()[1]
 
     def stop(self) -> dict[str, Any]:

@@ -51,6 +51,15 @@ def engine(join: Join, dispatcher: Dispatcher) -> Reporter:
     return engine
 
 
+@pytest.fixture
+def ordinary(join: Join, dispatcher: Dispatcher) -> Reporter:
+    """The same without a limit: dispatch takes its short way."""
+    engine = join("e", 2)
+    engine.report(1, [RankCounts(5, 1), RankCounts(6, 1)])
+    dispatcher.dispatch("booked", 10)
+    return engine
+
+
 # -- arguments
 
 
@@ -232,6 +241,57 @@ def test_a_key_of_a_foreign_type_is_refused_and_nothing_is_written(
     client.flushall()
 
 
+WAYS = {
+    "short": protocol.dispatch("p", "d", [Request("a", 1)]),
+    "short again": protocol.dispatch("p", "d", [Request("booked", 10)]),
+}
+NEED_NOT_READ = {"short": {"engines", "leases"}, "short again": {"leases", "in_flight", "in_flight_requests"}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in KEY_NAMES if name not in (*DISPATCH_NEVER_READS, "capacity")])
+def test_a_foreign_key_on_the_short_way_of_dispatch_changes_nothing_else(
+    ordinary: Reporter, run: Run, client: redis.Redis, way: str, name: str
+) -> None:
+    key, refused = f"dpb:{{p}}:{name}", False
+    client.set("foreign", "foreign")
+    client.rename("foreign", key)
+    client.pexpire(key, 60_000)
+    before = contents(client)
+    try:
+        run(WAYS[way])
+    except CorruptPool:
+        refused = True
+    assert refused or name in NEED_NOT_READ[way]
+    assert not refused or contents(client) == before
+    client.flushall()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("in_flight", "e/0"),
+        ("in_flight", "e/1"),
+        ("in_flight_requests", "e/0"),
+        ("in_flight_requests", "e/1"),
+        ("pool", "ordinary"),
+        ("bookings", str(in_flight_id("a"))),
+    ],
+)
+def test_junk_on_the_short_way_of_dispatch_is_refused_or_does_no_harm(
+    ordinary: Reporter, run: Run, client: redis.Redis, way: str, name: str, field: str
+) -> None:
+    client.hset(f"dpb:{{p}}:{name}", field, "junk")
+    before, refused = contents(client), False
+    try:
+        run(WAYS[way])
+    except CorruptPool:
+        refused = True
+    assert not refused or contents(client) == before
+    client.flushall()
+
+
 @pytest.mark.parametrize("name", [name for name in KEY_NAMES if name != "leases"])
 def test_a_look_at_a_pool_with_a_foreign_key_is_refused_too(
     engine: Reporter, admin: PoolAdmin, client: redis.Redis, name: str
@@ -298,4 +358,15 @@ def test_a_pool_of_a_newer_release_is_left_alone(
     before = contents(client)
     with pytest.raises(NewerSchema, match="pool 'p' has schema 2, newer than this release knows: upgrade"):
         run(perform)
+    assert contents(client) == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pool_of_a_newer_release_is_left_alone_on_the_short_way_too(
+    ordinary: Reporter, run: Run, client: redis.Redis, way: str
+) -> None:
+    client.hset("dpb:{p}:pool", "schema", "2")
+    before = contents(client)
+    with pytest.raises(NewerSchema):
+        run(WAYS[way])
     assert contents(client) == before

@@ -167,6 +167,30 @@ def test_a_dispatch_ends_more_old_bookings_than_it_makes(
     assert admin.snapshot().bookings == 6
 
 
+@pytest.mark.parametrize("who", ["dispatcher", "engine"])
+def test_a_lease_given_while_the_clock_was_back_ends_on_time(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock, who: str
+) -> None:
+    engine = join("e", 2)
+    admin.configure(engine_lease_ms=60_000, booking_lease_ms=1_100)
+    engine.report(1, [RankCounts(0, 0), RankCounts(10_000, 1)])
+    dispatcher.dispatch("loads are learned", 1)
+    dispatcher.dispatch("a", 1)
+    clock.move(-2_000)
+    if who == "engine":
+        admin.configure(engine_lease_ms=1_100)
+        clock.move(2_000)
+        dispatcher.dispatch("b", 1)
+        clock.move(-2_000)
+        engine.report(2, [RankCounts(0, 0), RankCounts(10_000, 1)])
+        clock.move(2_000)
+        assert reason_of(dispatcher) is NoRankReason.ALL_SILENT
+    else:
+        dispatcher.dispatch("b", 1_000)
+        clock.move(2_000)
+        assert dispatcher.dispatch("c", 1).load_tokens == 2, "b has ended"
+
+
 # -- capacity
 
 
@@ -257,6 +281,21 @@ def test_the_last_known_ranks_are_all_of_them_not_the_last_to_fall_silent(
     clock.move(1)
     placement = dispatcher.dispatch("b", 1)
     assert (placement.rank, placement.stale) == ("early/0", True)
+
+
+def test_each_placement_on_a_last_known_rank_says_so(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
+) -> None:
+    admin.configure(when_silent="last_known")
+    join("gone", 1)
+    clock.move(4_000)
+    join("fresh", 1)
+    dispatcher.dispatch("a", 1)
+    clock.move(1_000)
+    assert dispatcher.dispatch("b", 1).rank == "fresh/0"
+    admin.drain("fresh")
+    placements = [dispatcher.dispatch(f"r{number}", 1) for number in range(3)]
+    assert [(placement.rank, placement.stale) for placement in placements] == [("gone/0", True)] * 3
 
 
 def test_one_fresh_rank_is_preferred_to_all_that_are_silent(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from balancer import Dispatcher, Fenced, RankCounts, Reported, Reporter, Request, Settings
+from balancer import Dispatcher, Fenced, NoRank, RankCounts, Reported, Reporter, Request, Settings
 from balancer.admin import PoolAdmin
 from balancer.model import in_flight_id
 from tests.clock import Clock
@@ -114,15 +114,17 @@ def test_an_emptied_redis_is_right_again_with_the_next_report(
     assert dispatcher.dispatch("a", 1).rank == "e/0"
 
 
-def test_settings_that_somebody_deleted_begin_again_with_their_defaults(
+def test_a_pool_whose_settings_somebody_deleted_begins_anew_with_the_next_report(
     join: Join, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis
 ) -> None:
     engine = join("e", 1)
+    admin.configure(policy="round_robin")
+    dispatcher.dispatch("a", 10)
     client.delete("dpb:{p}:pool")
-    assert dispatcher.dispatch("a", 1).rank == "e/0"
-    assert admin.snapshot().settings.booking_lease_ms == 60_000
-    client.delete("dpb:{p}:pool")
-    assert engine.report(1, [RankCounts(1, 1)]) is Reported.APPLIED
+    with pytest.raises(NoRank, match="nobody_joined"):
+        dispatcher.dispatch("b", 1)
+    assert engine.report(1, [RankCounts(10, 1)], [in_flight_id("a")]) is Reported.APPLIED
+    assert dispatcher.dispatch("b", 1).load_tokens == 10
     assert admin.snapshot().settings.policy == "minimum_tokens"
 
 
