@@ -10,7 +10,7 @@ from scheduler_hooks.demo.run import parser, run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; every way out, Ctrl-C and SIGTERM included, takes the processes along."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run(parser().parse_args(arguments))
     except BalancerError as error:
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InvalidInput) else 3 if isinstance(error, StoreError) else 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
