@@ -1,8 +1,9 @@
 """Names of hosts to addresses within a time limit, which the system's resolver does not know.
 
 A name server that is gone, or that has never heard of a server that is gone, takes seconds to be given up: longer than
-any budget, and on a thread that nobody can interrupt. So each look-up has a thread of its own, at most one per name at
-a time, and whoever asks waits as long as it can afford. `connection` asks; nothing is remembered, for addresses change.
+any budget, and on a thread that nobody can interrupt. So each look-up has its own thread, shared by all who ask for the
+name, and whoever asks waits as long as it can afford. One that takes long is not waited for by those who come later:
+the name may be known again by then. `connection` asks; nothing is remembered, for addresses change.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
 Look = Callable[[str], list[str]]
+
+_LONG_S = 0.5
+"""Age at which a look-up is left to itself. A resolver gives up after some 5 to 30 s, so threads do not pile up."""
 
 
 def _resolve(host: str) -> list[str]:
@@ -29,7 +34,7 @@ class Names:
     def __init__(self, look: Look = _resolve) -> None:
         self._look = look
         self._lock = threading.Lock()
-        self._under_way: dict[str, Future[list[str]]] = {}
+        self._under_way: dict[str, tuple[float, Future[list[str]]]] = {}
         # A forked child has none of its parent's threads, and perhaps a lock that one of them held.
         os.register_at_fork(after_in_child=self._forget)
 
@@ -55,9 +60,10 @@ class Names:
 
     def _asked(self, host: str) -> Future[list[str]]:
         with self._lock:
-            lookup = self._under_way.get(host)
-            if lookup is None:
-                lookup = self._under_way[host] = Future()
+            began_s, lookup = self._under_way.get(host, (0.0, None))
+            if lookup is None or time.monotonic() - began_s > _LONG_S:
+                lookup = Future()
+                self._under_way[host] = time.monotonic(), lookup
                 threading.Thread(target=self._run, args=(host, lookup), name=f"look up {host}", daemon=True).start()
             return lookup
 
@@ -67,7 +73,8 @@ class Names:
         except Exception as error:
             found, problem = [], error
         with self._lock:
-            self._under_way.pop(host, None)
+            if self._under_way.get(host, (0.0, None))[1] is lookup:
+                del self._under_way[host]
         if problem is not None:
             lookup.set_exception(problem)
         else:

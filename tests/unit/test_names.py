@@ -67,6 +67,16 @@ def test_whoever_asks_waits_no_longer_than_its_limit_and_all_share_one_look_up(
     eventually(lambda: names.addresses("far", 1.0) == ["address of far"], "the name has an address")
 
 
+def test_those_who_come_later_do_not_wait_for_a_look_up_that_takes_long() -> None:
+    slow = SlowResolver()
+    answers = iter([slow, lambda host: ["known again"]])
+    names = Names(lambda host: next(answers)(host))
+    with pytest.raises(TimeoutError):
+        names.addresses("far", 0.6)
+    assert names.addresses("far", 5.0) == ["known again"]
+    slow.may_answer.set()
+
+
 async def test_the_event_loop_goes_on_meanwhile() -> None:
     slow = SlowResolver()
     names = Names(slow)
