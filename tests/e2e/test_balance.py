@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 
-from balancer import Dispatcher, Reporter, Settings
+from balancer import Dispatcher, PoolAdmin, Reporter, Settings
 from tests.cast import dispatchers
 
 RANKS = 16
@@ -16,7 +18,8 @@ TOKENS = 100
 def test_equal_requests_never_leave_the_ranks_more_than_one_request_apart(
     settings: Settings, client: redis.Redis, count: int
 ) -> None:
-    # Given sixteen empty ranks and dispatchers that are ready to go
+    # Given sixteen empty ranks that nobody reports for a while, and dispatchers that are ready to go
+    PoolAdmin(settings).configure(engine_lease_ms=600_000, booking_lease_ms=600_000)
     Reporter(settings, "engine", RANKS).join()
     assert settings.url
     with dispatchers(count, settings.url, settings.pool) as crowd, Dispatcher(settings) as onlooker:
@@ -26,8 +29,9 @@ def test_equal_requests_never_leave_the_ranks_more_than_one_request_apart(
             dispatcher.order([(f"{index}-{number}", TOKENS) for number in range(each)])
 
         # Then at no moment are two ranks more than one request apart
-        looks, placed = 0, 0
+        looks, placed, deadline_s = 0, 0, time.monotonic() + 120
         while placed < each * count:
+            assert time.monotonic() < deadline_s, f"{placed} of {each * count} requests were placed within 120 s"
             loads = [rank.load_tokens for rank in onlooker.snapshot().ranks]
             placed = sum(loads) // TOKENS
             assert max(loads) - min(loads) <= TOKENS
