@@ -34,9 +34,6 @@ if find_spec("redis.maint_notifications"):
 
     _QUIET["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
 
-TRIES_PER_BUDGET = 4
-"""A silent server may cost a connection's time-out; so many of them fit into one budget."""
-
 MOST_CONNECTIONS = 1_024
 """Most connections of one dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and an
 outage to us: beyond it it raises what it raises for a server that is gone."""
@@ -207,7 +204,7 @@ def translated(error: Exception, settings: Settings, node: Node) -> StoreError |
 
 
 def _options(settings: Settings, retry: Any) -> dict[str, Any]:
-    timeout_s = settings.budget_ms / 1000 / TRIES_PER_BUDGET
+    timeout_s = settings.budget_ms / 1000 / settings.tries  # what a silent server may cost
     return {
         **_QUIET,
         "protocol": 2,

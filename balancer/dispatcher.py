@@ -48,21 +48,22 @@ class Dispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    def dispatch(self, request_id: str, tokens: int) -> Placement:
+    def dispatch(self, request_id: str, tokens: int, among: Sequence[str] = ()) -> Placement:
         """Choose a rank for one request and book it there.
 
         `request_id`: 1 to 512 bytes; a repeat returns the first placement. `tokens`: of the prompt, 1 to 2**31 - 1.
+        `among`: the ranks that may be chosen (`engine/index`), the whole pool where there are none.
         Raises `NoRank` with its reason, `InvalidInput`, or `Refused`; while Redis is away the answer comes from the
         last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen.
         """
-        return _single(self.dispatch_many([Request(request_id, tokens)]))
+        return _single(self.dispatch_many([Request(request_id, tokens)], among))
 
-    def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    def dispatch_many(self, requests: Iterable[Request], among: Sequence[str] = ()) -> list[Placement | NoRank]:
         """Place a list of requests, one EVAL for every 256; the answers stand in the order given.
 
         A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
         """
-        return perform(self._placing.dispatch(list(requests)), self._store.run)
+        return perform(self._placing.dispatch(list(requests), among), self._store.run)
 
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
@@ -118,13 +119,13 @@ class AsyncDispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    async def dispatch(self, request_id: str, tokens: int) -> Placement:
+    async def dispatch(self, request_id: str, tokens: int, among: Sequence[str] = ()) -> Placement:
         """See `Dispatcher.dispatch`."""
-        return _single(await self.dispatch_many([Request(request_id, tokens)]))
+        return _single(await self.dispatch_many([Request(request_id, tokens)], among))
 
-    async def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    async def dispatch_many(self, requests: Iterable[Request], among: Sequence[str] = ()) -> list[Placement | NoRank]:
         """See `Dispatcher.dispatch_many`."""
-        return await perform_async(self._placing.dispatch(list(requests)), self._store.run)
+        return await perform_async(self._placing.dispatch(list(requests), among), self._store.run)
 
     async def release(self, *request_ids: str) -> int:
         """See `Dispatcher.release`."""

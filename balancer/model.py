@@ -30,6 +30,7 @@ MAX_REQUESTS_PER_DISPATCH = 256
 """Most requests in one EVAL: a script blocks the server, so a list has an end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RANK = re.compile(rf"{_NAME.pattern}/[0-9]{{1,4}}")
 _ADDRESS = re.compile(r"\S{0,256}")
 
 
@@ -54,6 +55,16 @@ def checked_count(value: int, what: str, least: int = 0, most: int = MAX_COUNT) 
     if not least <= value <= most:
         raise InvalidInput(f"{what} must be between {least} and {most}, not {_shown(value)}")
     return value
+
+
+def checked_ranks(ranks: Sequence[str]) -> Sequence[str]:
+    """Return `ranks` if they are at most MAX_RANKS names like `engine/index`, else raise `InvalidInput`."""
+    if isinstance(ranks, str) or len(ranks) > MAX_RANKS:
+        raise InvalidInput(f"a dispatch may be restricted to a list of at most {MAX_RANKS} ranks")
+    for rank in ranks:
+        if not isinstance(rank, str) or not _RANK.fullmatch(rank):
+            raise InvalidInput(f"a rank is named ENGINE/INDEX, not {_shown(rank)}")
+    return ranks
 
 
 def checked_request_id(request_id: str) -> str:

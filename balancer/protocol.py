@@ -27,6 +27,7 @@ from balancer.model import (
     Request,
     checked_count,
     checked_name,
+    checked_ranks,
     checked_request_id,
     checked_settings,
     in_flight_id,
@@ -60,13 +61,18 @@ class Dispatched:
 
 
 def dispatch(
-    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False
+    pool: str,
+    dispatcher: str,
+    requests: Sequence[Request],
+    want_loads: bool = False,
+    among: Sequence[str] = (),
 ) -> Operation[Dispatched]:
-    """Choose ranks for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
+    """Choose ranks (`among` these, where any are named) for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
     checked_name(dispatcher, "dispatcher name")
     if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
         raise InvalidInput(f"a dispatch takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    arguments: list[str | int] = [dispatcher, int(want_loads)]
+    wanted = " ".join([str(int(want_loads)), *checked_ranks(among)])
+    arguments: list[str | int] = [dispatcher, wanted]
     for request in requests:
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 

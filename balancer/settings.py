@@ -49,6 +49,8 @@ class Settings:
     pool: str = "default"
     budget_ms: int = 100
     probe_ms: int = 500
+    tries: int = 4
+    """Tries that fit into one budget: a silent server costs budget_ms / tries each. 1 is one try and no retry."""
     name: str = field(default_factory=default_name)
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class Settings:
         checked_name(self.name, "dispatcher name")
         checked_count(self.budget_ms, "budget_ms", 1, 60_000)
         checked_count(self.probe_ms, "probe_ms", 1, 60_000)
+        checked_count(self.tries, "tries", 1, 16)
         if self.url is not None:
             self.checked_address()
 

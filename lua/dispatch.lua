@@ -5,7 +5,8 @@
 --
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     dispatcher  text    who books
---          want_loads  0 or 1  whether to return the loads of all eligible ranks
+--          want_loads  0 or 1  whether to return the loads of all eligible ranks; followed, each after a space, by the
+--                              ranks among which to choose (at most 1,024), where that is not the whole pool
 --          then for each request: id (63-bit decimal), tokens (1 to 2^31 - 1), request id (text)
 -- RETURNS  {'dispatched', stale 0 or 1, outcome, rank or reason, load before or 0, the three for each request,
 --          then rank, load of each eligible rank where they are wanted}
@@ -22,7 +23,8 @@ end
 --@include policies/minimum_tokens, policies/round_robin
 local EXPIRED_PER_DISPATCH = 16
 local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
-local dispatcher, want_loads = ARGV[1], ARGV[2]
+local dispatcher, want_loads = ARGV[1], string.sub(ARGV[2], 1, 1)
+choose_among(string.sub(ARGV[2], 2))
 
 local schema, policy, booking_lease_ms, when_full, when_silent, lives =
   unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
@@ -53,7 +55,7 @@ for i, id in ipairs(ids) do
   end
 end
 
-local reason = #batch > 0 and call('EXISTS', loads) == 0 and why_none() or nil
+local reason = #batch > 0 and not is_any_eligible() and why_none(among) or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or minimum_tokens)(batch)
 local placed = {}
 for _, request in ipairs(batch) do

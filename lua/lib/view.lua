@@ -2,6 +2,38 @@
 -- same dispatch are placed on them.
 local view, view_is_whole = {}, false
 
+-- among: where a dispatch names the ranks that it may choose, the view holds these and no others, ties in the order in
+-- which they are named, beginning at the `turn`-th.
+local among
+
+local function choose_among(named)
+  for rank in string.gmatch(named, '%S+') do
+    among = among or {}
+    among[#among + 1] = rank
+  end
+end
+
+local function is_any_eligible()
+  if not among then return call('EXISTS', loads) == 1 end
+  for _, load in ipairs(call('ZMSCORE', loads, unpack(among))) do
+    if load then return true end
+  end
+  return false
+end
+
+local function read_among(turn)
+  local listed = call('ZMSCORE', loads, unpack(among))
+  view, view_is_whole = {}, true
+  for i = 1, #among do
+    local at = (i + turn) % #among + 1
+    if listed[at] then view[#view + 1] = {rank = among[at], load = tonumber(listed[at]), order = i} end
+  end
+  table.sort(view, function(one, other)
+    if one.load ~= other.load then return one.load < other.load end
+    return one.order < other.order
+  end)
+end
+
 local function read_view(from, to)
   local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
   view = {}
@@ -11,6 +43,7 @@ end
 -- look_at_least: the `count` least loaded ranks. Where more than `count` share the least load, `turn` (any whole
 -- number) says at which of them the list begins, so that ties spread.
 local function look_at_least(count, turn)
+  if among then return read_among(turn) end
   read_view('0', decimal(count))
   if #view > count and view[count + 1].load == view[1].load then
     local least = decimal(view[1].load)
@@ -22,6 +55,7 @@ end
 -- look_at_all: every eligible rank, with the loads that this dispatch has changed so far.
 local function look_at_all()
   if view_is_whole then return end
+  if among then return read_among(0) end
   local changed = {}
   for _, seen in ipairs(view) do changed[seen.rank] = seen.load end
   read_view('0', '-1')

@@ -1,10 +1,17 @@
--- why_none: the reason for which no rank is eligible. Linear in the engines.
-local function why_none()
-  local names = call('HKEYS', engines)
-  for _, name in ipairs(names) do
-    if read_engine(name).state == 'up' then return 'all_draining' end
+-- why_none: the reason for which no rank, or none of those named, is eligible. Linear in the engines.
+local function why_none(named)
+  local theirs = named and {}
+  for _, rank in ipairs(named or {}) do
+    theirs[rank], theirs[string.match(rank, '^[^/]*')] = true, true
   end
-  return #names == 0 and 'nobody_joined' or 'all_silent'
+  local reason = 'nobody_joined'
+  for _, name in ipairs(call('HKEYS', engines)) do
+    if not theirs or theirs[name] then
+      if read_engine(name).state == 'up' then return 'all_draining' end
+      reason = 'all_silent'
+    end
+  end
+  return reason
 end
 
 -- no_pool: the whole reply of a dispatch to a pool that nobody has opened. Nothing is written.

@@ -7,7 +7,7 @@ oracle says what is allowed, is told what was chosen, and believes it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from balancer.model import Incarnation
@@ -74,26 +74,32 @@ class Oracle:
                 requests[booking.rank] += 1
         return tokens, requests
 
-    def loads(self) -> dict[str, int]:
-        """Every eligible rank with its load."""
+    def loads(self, among: Collection[str] = ()) -> dict[str, int]:
+        """Every eligible rank (of those named in `among`, if any are) with its load."""
         tokens, _ = self.in_flight()
         return {
             rank: self.held[rank][0] + tokens[rank]
             for rank, life in self.life_of.items()
-            if not life.silent and rank not in life.draining
+            if not life.silent and rank not in life.draining and (not among or rank in among)
         }
 
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
 
-    def why_none(self) -> str:
-        if not self.lives:
+    def why_none(self, among: Collection[str] = ()) -> str:
+        engines = {rank.partition("/")[0] for rank in among}
+        lives = [
+            life
+            for life in self.lives.values()
+            if not among or (life.who.engine in engines and (life.who.index is None or life.who.name in among))
+        ]
+        if not lives:
             return "nobody_joined"
-        return "all_silent" if all(life.silent for life in self.lives.values()) else "all_draining"
+        return "all_silent" if all(life.silent for life in lives) else "all_draining"
 
-    def allowed(self, tokens: int) -> set[str]:
+    def allowed(self, tokens: int, among: Collection[str] = ()) -> set[str]:
         """The ranks on which the next request may be placed; empty where it fits on none."""
-        loads = self.loads()
+        loads = self.loads(among)
         limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
         roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
         in_turn = sorted(loads)[self.turn % len(loads)]

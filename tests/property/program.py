@@ -117,10 +117,11 @@ class Program:
         count = self.pick(self.weather.list_lengths)
         requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
         want_loads, name = not self.below(self.weather.loads_wanted_one_in), f"d{self.below(3)}"
+        among = self.some_ranks() if not self.below(self.weather.restricted_one_in) else []
 
         def act() -> None:
-            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]}")
-            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads))
+            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} among {among}")
+            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, among))
             assert answer
             if not self.oracle.settings:
                 assert set(answer.outcomes) == {NoRankReason.NOBODY_JOINED}
@@ -130,7 +131,7 @@ class Program:
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
             seen: dict[str, str] = {}
             for request, outcome in zip(requests, answer.outcomes, strict=True):
-                self._check_outcome(name, request, outcome, seen)
+                self._check_outcome(name, request, outcome, seen, among)
                 assert not isinstance(outcome, Placement) or outcome.stale == is_stale
             assert answer.loads == (self.oracle.loads() if want_loads else None)
             self.check()
@@ -139,7 +140,12 @@ class Program:
         return act
 
     def _check_outcome(
-        self, name: str, request: Request, outcome: Placement | NoRankReason, seen: dict[str, str]
+        self,
+        name: str,
+        request: Request,
+        outcome: Placement | NoRankReason,
+        seen: dict[str, str],
+        among: Sequence[str],
     ) -> None:
         oracle, id_ = self.oracle, str(request.in_flight_id)
         if oracle.is_booked(id_):
@@ -149,12 +155,12 @@ class Program:
             booking.deadline = self.now + oracle.ms("booking_lease_ms")
         elif id_ in seen:
             assert outcome == seen[id_], f"{request.request_id} was {seen[id_]} in the same list"
-        elif not oracle.loads():
-            assert outcome == oracle.why_none()
+        elif not oracle.loads(among):
+            assert outcome == oracle.why_none(among)
             seen[id_] = outcome
         else:
             oracle.turn += oracle.settings["policy"] == "round_robin"
-            allowed = oracle.allowed(request.tokens)
+            allowed = oracle.allowed(request.tokens, among)
             if not allowed:
                 assert outcome == NoRankReason.ALL_FULL
                 seen[id_] = outcome
@@ -164,6 +170,11 @@ class Program:
             assert outcome.rank in allowed, f"{name} got {outcome.rank}, allowed are {allowed}"
             assert outcome.load_tokens == oracle.loads()[outcome.rank]
             oracle.book(id_, outcome.rank, request.tokens, self.now)
+
+    def some_ranks(self) -> list[str]:
+        """Ranks for a dispatch to choose among: of one engine, as a rule, some of which are not there."""
+        known = [rank for who in self.known[-3:] for rank in who.ranks]
+        return [rank for rank in [*dict.fromkeys(known), "stranger/0"] if self.below(2)]
 
     def release(self) -> Callable[[], None]:
         names = [self.request_id() for _ in range(self.pick((1, 1, 3)))]
@@ -344,6 +355,7 @@ class Weather:
     moves_ms: Sequence[int]
     changes: Sequence[dict[str, object]]
     loads_wanted_one_in: int
+    restricted_one_in: int
     acts: Sequence[Callable[[Program], Callable[[], None] | None]]
 
 
@@ -364,6 +376,7 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
         {"engine_lease_ms": 9_000, "booking_lease_ms": 3_000},
     ),
     loads_wanted_one_in=2,
+    restricted_one_in=3,
     acts=(
         *[Program.dispatch] * 16,
         *[Program.report] * 12,
@@ -394,6 +407,7 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
         {"engine_lease_ms": 5_000},
     ),
     loads_wanted_one_in=10,
+    restricted_one_in=20,
     acts=(
         *[Program.dispatch] * 40,
         *[Program.report] * 12,
