@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -57,6 +58,11 @@ _NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "
 _TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
 
 
+_AT_ONCE = struct.pack("ii", 1, 0)
+"""SO_LINGER: a connection that is given up takes what it has not delivered with it. Otherwise the system goes on
+sending it for minutes, and a dispatch that nobody waits for would book when the network is back."""
+
+
 class Client(Protocol):
     """What we use of the driver's clients."""
 
@@ -77,7 +83,9 @@ class _Connection(redis.Connection):
             for address in _names.addresses(name, self.socket_connect_timeout or 0):
                 self.host = address
                 try:
-                    return cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
+                    found = cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+                    return found
                 except OSError as error:
                     problem = error
         finally:
@@ -108,10 +116,18 @@ class _AsyncConnection(redis.asyncio.Connection):
             self._address = address
             try:
                 await super()._connect()  # type: ignore[no-untyped-call]
+                assert self._writer
+                found = self._writer.get_extra_info("socket")
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
                 return
             except OSError as error:
                 problem = error
         raise problem
+
+    async def disconnect(self, *arguments: Any, **named: Any) -> None:
+        if self._writer is not None:  # no farewell, which over TLS would wait half a minute for its answer
+            self._writer.transport.abort()
+        await super().disconnect(*arguments, **named)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {"host": self._address, "port": self.port}

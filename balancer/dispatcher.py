@@ -68,7 +68,7 @@ class Dispatcher:
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
 
-        Never raises for an absent Redis: then the bookings' lease ends them.
+        Never raises for an absent Redis: they are released with a dispatch after its return, or by their lease.
         """
         return perform(self._placing.release(request_ids), self._store.run)
 

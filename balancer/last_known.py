@@ -33,9 +33,13 @@ class LastKnown:
         self._turn = 0
 
     def wants_loads(self) -> bool:
-        """Whether the next dispatch should bring the loads along; True at most once per `refresh_ms`."""
+        """Whether the next dispatch should bring the loads along: once per `refresh_ms`, and while none are known.
+
+        A dispatcher that knows nothing has nothing to fall back on, so it does not wait a second after a dispatch that
+        failed, or that found the pool empty.
+        """
         now = self._clock()
-        if now - self._asked < self._refresh_s:
+        if self._ranks and now - self._asked < self._refresh_s:
             return False
         self._asked = now
         return True

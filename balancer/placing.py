@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from balancer import protocol
+from balancer.aftermath import Aftermath
 from balancer.breaker import Breaker
 from balancer.errors import BalancerError, NoRank, NoRankReason, Refused, StoreDenied, StoreError
 from balancer.last_known import LastKnown
@@ -22,6 +23,9 @@ log = logging.getLogger("balancer.dispatcher")
 
 T = TypeVar("T")
 Steps = Generator[Operation[Any], Any, T]
+
+_EARLY: tuple[object, ...] = (NoRankReason.ALL_SILENT, NoRankReason.NOBODY_JOINED)
+"""What Redis says of engines that are well and have not been able to report."""
 
 
 @dataclass(slots=True)
@@ -39,9 +43,12 @@ class Counters:
 class Placing:
     """One dispatcher's decisions and its memory."""
 
-    def __init__(self, pool: str, name: str, breaker: Breaker, last_known: LastKnown) -> None:
+    def __init__(
+        self, pool: str, name: str, breaker: Breaker, last_known: LastKnown, aftermath: Aftermath | None = None
+    ) -> None:
         self.pool, self.name = pool, name
         self.breaker, self.last_known = breaker, last_known
+        self.aftermath = aftermath or Aftermath()
         self.counters = Counters()
         self._denied = ""  # why Redis refused us, where that is why it is away
 
@@ -53,52 +60,94 @@ class Placing:
         return answers
 
     def release(self, request_ids: Sequence[str]) -> Steps[int]:
-        """End bookings; returns how many there were, 0 where Redis is away (then their lease ends them)."""
+        """End bookings; returns how many there were, 0 where Redis is away (then they are owed it)."""
         released = 0
         for start in range(0, len(request_ids), MAX_IDS_PER_RELEASE):
-            if not self.breaker.admits():
+            operation = protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
+            count = (yield from self._released(operation)) if self.breaker.admits() else None
+            if count is None:
+                self.aftermath.owe(request_ids[start:])
                 break
-            try:
-                released += yield protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
-            except StoreError as error:
-                self._lost(error)
-                break
-            except Refused:
-                self._regained()
-                raise
-            self._regained()
-        self.counters.released += released
+            released += count
         return released
 
-    def _dispatch_list(self, requests: Sequence[Request], among: Sequence[str]) -> Steps[list[Placement | NoRank]]:
-        if not self.breaker.admits():
-            return self._fall_back(requests, among)
-        wants_loads = self.last_known.wants_loads()
+    def _released(self, operation: Operation[int]) -> Steps[int | None]:
+        """Perform a release; None where Redis was away."""
         try:
-            answer: protocol.Dispatched = yield protocol.dispatch(self.pool, self.name, requests, wants_loads, among)
+            count: int = yield operation
         except StoreError as error:
             self._lost(error)
-            return self._fall_back(requests, among)
+            return None
         except Refused:
             self._regained()
             raise
         self._regained()
+        self.counters.released += count
+        return count
+
+    def _settle(self) -> Steps[None]:
+        """Release what is owed since an outage, if it is time to."""
+        if not (owed := self.aftermath.due()):
+            return
+        count = yield from self._released(protocol.release(self.pool, owed))
+        if count is not None:
+            self.aftermath.settled(owed)
+            if count:
+                log.info("pool=%s had %d bookings whose dispatch got no answer: released", self.pool, count)
+
+    def _dispatch_list(self, requests: Sequence[Request], among: Sequence[str]) -> Steps[list[Placement | NoRank]]:
+        if not self.breaker.is_open:
+            yield from self._settle()
+        if not self.breaker.admits():
+            return self._fall_back(requests, among)
+        wants_loads = self.last_known.wants_loads()
+        operation = protocol.dispatch(self.pool, self.name, requests, wants_loads, among)
+        try:
+            answer: protocol.Dispatched = yield operation
+        except StoreError as error:
+            self._lost(error)
+            if not isinstance(error, StoreDenied):
+                self.aftermath.owe(request.request_id for request in requests)
+            return self._fall_back(requests, among)
+        except Refused:
+            self._regained()
+            raise
+        except BaseException:  # the caller gave up: it learns of no placement, and so needs no booking
+            self.aftermath.owe(request.request_id for request in requests)
+            raise
+        self._regained()
+        self.aftermath.settled(request.request_id for request in requests)
         if answer.loads is not None:
             self.last_known.learn(answer.loads)
         else:
             for outcome in answer.outcomes:
                 if isinstance(outcome, Placement) and outcome.outcome is Outcome.PLACED:
                     self.last_known.add(outcome.rank, outcome.request.tokens)
-        return self._answers(requests, answer.outcomes)
+        return self._answers(requests, self._unless_early(requests, among, answer.outcomes))
+
+    def _unless_early(
+        self, requests: Sequence[Request], among: Sequence[str], outcomes: Sequence[Placement | NoRankReason]
+    ) -> Sequence[Placement | NoRankReason]:
+        """The answers of Redis, and the last known loads where it is back and engines have not reported to it yet."""
+        if not self.aftermath.is_under_way:
+            return outcomes
+        return [
+            (self._last_known(request, among) or outcome) if outcome in _EARLY else outcome
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
 
     def _fall_back(self, requests: Sequence[Request], among: Sequence[str]) -> list[Placement | NoRank]:
         outcomes: list[Placement | NoRankReason] = []
         for request in requests:
-            choice = self.last_known.choose(request.tokens, among)
-            if choice is None and self._denied:
+            placement = self._last_known(request, among)
+            if placement is None and self._denied:
                 raise StoreDenied(self._denied)
-            outcomes.append(Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE)
+            outcomes.append(placement or NoRankReason.UNREACHABLE)
         return self._answers(requests, outcomes)
+
+    def _last_known(self, request: Request, among: Sequence[str]) -> Placement | None:
+        choice = self.last_known.choose(request.tokens, among)
+        return Placement(request, *choice, Outcome.FALLBACK) if choice else None
 
     def _answers(
         self, requests: Sequence[Request], outcomes: Sequence[Placement | NoRankReason]
@@ -131,6 +180,7 @@ class Placing:
 
     def _regained(self) -> None:
         if self.breaker.succeeded():
+            self.aftermath.begin()
             log.info("pool=%s is placed by Redis again", self.pool)
 
 
@@ -154,6 +204,8 @@ def perform(steps: Steps[T], run: Callable[[Operation[Any]], Any]) -> T:
                 operation = steps.send(result)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()  # where `run` was broken off they learn of it now, not when they are collected
 
 
 async def perform_async(steps: Steps[T], run: Callable[[Operation[Any]], Awaitable[Any]]) -> T:
@@ -169,3 +221,5 @@ async def perform_async(steps: Steps[T], run: Callable[[Operation[Any]], Awaitab
                 operation = steps.send(result)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()  # where `run` was broken off they learn of it now, not when they are collected

@@ -362,9 +362,38 @@ def test_the_breaker_lets_one_call_through_per_probe() -> None:
 def test_knowledge_is_asked_for_once_per_second() -> None:
     ticks = Ticks()
     known = LastKnown(refresh_ms=1_000, clock=ticks)
+    known.learn({"e/0": 0})
     assert [known.wants_loads(), known.wants_loads()] == [True, False]
     ticks.now_s = 1.0
     assert known.wants_loads()
+
+
+def test_a_dispatcher_that_knows_nothing_asks_until_it_does() -> None:
+    known = LastKnown(clock=Ticks())
+    assert [known.wants_loads(), known.wants_loads()] == [True, True]
+    known.learn({})
+    assert known.wants_loads(), "an empty pool taught it nothing"
+    known.learn({"e/0": 0})
+    assert not known.wants_loads()
+
+
+def test_a_dispatcher_whose_first_dispatch_failed_can_fall_back_after_its_second(
+    make: Make, settings: Settings, redis_server: EmbeddedRedis, eventually: Eventually
+) -> None:
+    report(settings, 0)
+    dispatcher = make(probe_ms=1)
+    with frozen(redis_server), pytest.raises(NoRank):
+        dispatcher.dispatch("a", 1)
+    eventually(lambda: _places(dispatcher), "Redis places again")
+    with frozen(redis_server):
+        assert dispatcher.dispatch("c", 1).outcome is Outcome.FALLBACK
+
+
+def _places(dispatcher: Any) -> bool:
+    try:
+        return dispatcher.dispatch("b", 1).outcome != "fallback"
+    except NoRank:
+        return False
 
 
 def test_old_knowledge_is_only_good_for_taking_turns() -> None:
