@@ -171,7 +171,9 @@ class Clients(Generic[C]):
 
     def _make(self, node: Node) -> Any:
         address, options = self._address, dict(self._options)
-        if not node.is_sentinel:
+        if node.is_sentinel:
+            options.update(username=address.sentinel_username, password=address.sentinel_password)
+        else:
             options.update(db=address.db, username=address.username, password=address.password)
         if not node.port:
             return self._kind(unix_socket_path=node.host, **options)
@@ -201,7 +203,9 @@ def no_answer(settings: Settings) -> str:
 def translated(error: Exception, settings: Settings, node: Node) -> StoreError | CorruptPool:
     """The driver's, the system's or the TLS library's `error` as one of ours; `node` is who was asked."""
     text, where = str(error), f"Redis at {redacted(settings.url or '')}"
-    if str(node) not in where:
+    if node.is_sentinel:
+        where += f" (sentinel {node})"
+    elif str(node) not in where:
         where += f" (node {node})"
     if isinstance(error, _DENIED) or any(word in text for word in _DENIED_WORDS):
         return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")

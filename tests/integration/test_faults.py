@@ -17,6 +17,8 @@ PROBE_MS = 500
 """How often a dispatcher tries Redis while it is away."""
 BACK_MS = PROBE_MS + 1_500
 """By when a dispatcher is to have Redis again, two crowded cores allowed for."""
+SETTLED_S = 4.0
+"""By when after a fault dispatchers that are asked have released what was booked without their knowing."""
 
 
 @contextmanager
@@ -47,9 +49,8 @@ def _answers(stack: Stack) -> bool:
 def test_a_restarted_redis_costs_its_absence_and_no_request(plain: Stack, figures: Figures, with_data: bool) -> None:
     endured = endure(plain, restarted(plain, with_data), HOLD_S, after_s=3.0)
     figures(f"Redis killed, {HOLD_S:g} s away, back {'with' if with_data else 'without'} its data", str(endured))
-    # Back after the engine's lease, or empty, Redis knows of no engine that is up until its next report.
-    unknown = endured.sum("no_rank", "all_silent") + endured.sum("no_rank", "nobody_joined")
-    assert unknown == endured.asked - endured.sum("ends", "finished")
+    # Back after the engine's lease, or empty, Redis knows of no engine until its next report; nobody is refused for it.
+    assert endured.sum("ends", "finished") == endured.asked
     assert endured.sum("answers", "fallback") > 0
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
     assert endured.recovery_ms <= BACK_MS
@@ -58,7 +59,7 @@ def test_a_restarted_redis_costs_its_absence_and_no_request(plain: Stack, figure
 def test_a_paused_redis_costs_one_budget_per_probe(plain: Stack, figures: Figures) -> None:
     endured = endure(plain, plain.paused("redis"), HOLD_S)
     figures(f"Redis paused for {HOLD_S:g} s", str(endured))
-    assert endured.sum("no_rank", "all_silent") == endured.asked - endured.sum("ends", "finished")
+    assert endured.sum("ends", "finished") == endured.asked
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
     assert endured.recovery_ms <= BACK_MS
 
@@ -70,7 +71,7 @@ def test_a_dispatcher_cut_off_falls_back_and_the_others_do_not(
     plain: Stack, figures: Figures, chains: tuple[str, ...]
 ) -> None:
     cut_off = plain.dispatchers[0]
-    endured = endure(plain, plain.cut(cut_off, plain.container("redis"), *chains), HOLD_S)
+    endured = endure(plain, plain.cut(cut_off, plain.container("redis"), *chains), HOLD_S, SETTLED_S)
     way = {1: f"{chains[0].lower()} only", 2: "both ways"}[len(chains)]
     figures(f"One dispatcher cut off from Redis for {HOLD_S:g} s, {way}", str(endured))
     first, *others = endured.counted
@@ -99,7 +100,7 @@ def test_an_engine_cut_off_from_redis_is_believed_for_its_lease(
 
 
 def test_redis_without_a_network_costs_its_absence_and_no_request(plain: Stack, figures: Figures) -> None:
-    endured = endure(plain, plain.disconnected("redis"), HOLD_S, after_s=3.0)
+    endured = endure(plain, plain.disconnected("redis"), HOLD_S, SETTLED_S)
     figures(f"Redis without its network for {HOLD_S:g} s (engine and all dispatchers)", str(endured))
     assert endured.sum("answers", "failed") == 0
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
