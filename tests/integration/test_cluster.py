@@ -10,7 +10,7 @@ import redis
 
 from balancer.keys import pool_keys
 from tests.integration.conftest import Figures, Up
-from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
 from tests.integration.failover import bookings_through
 from tests.integration.stack import POOL, Stack, wait_until
 
@@ -64,7 +64,7 @@ def test_a_killed_node_costs_one_failover_and_no_request(stack: Stack, figures: 
     figures("Cluster: the pool's node killed under load", str(endured))
     assert holder(stack) != before
     assert endured.sum("answers", "failed") == 0
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
     assert 0 < endured.without_redis_ms <= FAILOVER_MS
 
 
@@ -102,5 +102,5 @@ def test_a_slot_that_moves_is_followed(stack: Stack, figures: Figures) -> None:
     figures("Cluster: the pool's slot moved to another node under load", str(endured))
     assert holder(stack) == target
     assert endured.sum("ends", "finished") == endured.asked
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.without_redis_ms <= 2_000
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.without_redis_ms <= 2_000 * crowd()

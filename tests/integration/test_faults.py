@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.integration.conftest import Figures
-from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
 from tests.integration.stack import ENGINE_LEASE_MS, Stack, docker, wait_until
 
 HOLD_S = 3.0
@@ -55,16 +55,16 @@ def test_a_restarted_redis_costs_its_absence_and_no_request(plain: Stack, figure
     # Back after the engine's lease, or empty, Redis knows of no engine until its next report; nobody is refused for it.
     assert endured.sum("ends", "finished") == endured.asked
     assert endured.sum("answers", "fallback") > 0
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 def test_a_paused_redis_costs_one_budget_per_probe(plain: Stack, figures: Figures) -> None:
     endured = endure(plain, plain.paused("redis"), HOLD_S)
     figures(f"Redis paused for {HOLD_S:g} s", str(endured))
     assert endured.sum("ends", "finished") == endured.asked
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_a_dispatcher_cut_off_falls_back_and_the_others_do_not(
     assert first["answers"]["fallback"] > 0
     assert all(one["answers"].get("fallback", 0) <= FEW * one["asked"] for one in others)
     assert endured.sum("ends", "finished") == endured.asked
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_redis_without_a_network_costs_its_absence_and_no_request(plain: Stack, 
     endured = endure(plain, plain.disconnected("redis"), HOLD_S, SETTLED_S)
     figures(f"Redis without its network for {HOLD_S:g} s (engine and all dispatchers)", str(endured))
     assert endured.sum("answers", "failed") == 0
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 @contextmanager
@@ -126,8 +126,8 @@ def test_a_full_redis_is_an_outage_that_says_so(plain: Stack, figures: Figures) 
     figures(f"Redis' memory full for {HOLD_S:g} s (noeviction)", str(endured))
     assert "maxmemory" in endured.logs
     assert endured.sum("answers", "failed") == 0
-    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def test_a_read_only_replica_is_an_outage_that_says_so(plain: Stack, figures: Fi
     figures(f"Redis read-only for {HOLD_S:g} s (a primary made a replica)", str(endured))
     assert "read only replica" in endured.logs
     assert endured.sum("answers", "failed") == 0
-    assert endured.recovery_ms <= BACK_MS
+    assert endured.recovery_ms <= BACK_MS * crowd()
 
 
 SYNC = """
@@ -174,5 +174,5 @@ def test_a_redis_whose_name_nobody_knows_does_not_hold_up_a_blocking_dispatcher(
         slowest_ms, outcomes = json.loads(out)
     figures("Redis gone, and its name with it: a blocking dispatcher", f"slowest of 40 answers {slowest_ms:.0f} ms")
     assert outcomes == ["fallback"], error
-    assert slowest_ms <= BUDGET_MS + SLACK_MS
+    assert slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
     wait_until(lambda: _answers(plain), "Redis answers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.conftest import Figures, Up
-from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
 from tests.integration.stack import PATIENT, added, booked, wait_until
 
 SERVERS = {"Redis 8": ("redis:8", ()), "Valkey 8": ("", ("compose.valkey.yml",))}
@@ -31,7 +31,7 @@ def test_it_serves_and_comes_back(up: Up, figures: Figures, server: str) -> None
         settings = stack.admin().hgetall("dpb:{demo}:pool")
         endured = endure(stack, stack.killed("redis"), hold_s=2.0, after_s=2.5)
         figures(f"{server} ({found}): 900 placed and finished, then killed for 2 s", str(endured))
-        assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
+        assert endured.slowest_ms <= BUDGET_MS + SLACK_MS * crowd()
         kept = stack.admin().hgetall("dpb:{demo}:pool")
         assert {name: kept.get(name) for name in settings if name.endswith(b"_ms")} == {
             name: value for name, value in settings.items() if name.endswith(b"_ms")
