@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from balancer import settings
-from balancer.cli import configure, demo, doctor, drain, redis_server, script, simulate, status, version
+from balancer.cli import configure, demo, doctor, drain, redis_server, replay, script, simulate, status, version
 from balancer.cli.exits import MEANINGS
 from balancer.cli.verb import Verb
 from balancer.errors import InvalidInput
@@ -22,6 +22,7 @@ VERBS: tuple[Verb, ...] = (
     script.VERB,
     redis_server.VERB,
     simulate.VERB,
+    replay.VERB,
     version.VERB,
 )
 
