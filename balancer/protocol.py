@@ -28,10 +28,10 @@ from balancer.model import (
     checked_count,
     checked_name,
     checked_request_id,
-    checked_settings,
     in_flight_id,
 )
-from balancer.scripts import policy_names
+from balancer.policies import parameters
+from balancer.pool_settings import checked_settings
 
 T = TypeVar("T")
 Reply = list[Any]
@@ -146,7 +146,7 @@ def drain(pool: str, engine: str, index: int | None = None, undo: bool = False) 
 
 def configure(pool: str, changes: Mapping[str, object]) -> Operation[None]:
     """Change settings of the pool; `PoolSettings` lists them."""
-    arguments = [part for item in checked_settings(changes, policy_names()).items() for part in item]
+    arguments = [part for item in checked_settings(changes).items() for part in item]
 
     def read(reply: Reply) -> None:
         _read(pool, reply, "configured", 1)
@@ -213,6 +213,9 @@ def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
         forget_ms=int(fields["forget_ms"]),
         when_silent=fields["when_silent"],
         when_full=fields["when_full"],
+        slow_start_ms=int(fields.get("slow_start_ms", 0)),
+        weights=fields.get("weights", "equal"),
+        parameters={name: float(fields[name]) for name in parameters() if name in fields},
     )
     engines = [_engine_view(name, record, now_ms, settings) for name, record in sorted(records.items())]
     by_name, ranks = {engine.name: engine for engine in engines}, []

@@ -1,11 +1,25 @@
--- view: what a policy sees. `view` lists ranks by load, the least loaded first, and stays in order as requests of the
--- same dispatch are placed on them.
+-- view: what a policy sees. `view` lists ranks by load, the least loaded first and equals by name, and stays in order as
+-- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
+-- sees its requests (held + in flight) and in_flight (tokens).
 local view, view_is_whole = {}, false
+local TURNS = 1000000
+
+-- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
+-- request's in-flight id. It is nobody's choice and the same in every replay; Lua's own random numbers are alike in all runs.
+local function turn_of(id)
+  return tonumber(string.sub(id, -6))
+end
 
 local function read_view(from, to)
   local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
   view = {}
-  for i = 1, #listed, 2 do view[#view + 1] = {rank = listed[i], load = tonumber(listed[i + 1])} end
+  for i = 1, #listed, 2 do
+    view[#view + 1] = {rank = listed[i], load = tonumber(listed[i + 1]), weight = weight_of(listed[i])}
+  end
+end
+
+local function is_before(one, other)
+  return one.load < other.load or one.load == other.load and one.rank < other.rank
 end
 
 -- look_at_least: the `count` least loaded ranks. Where more than `count` share the least load, `turn` (any whole
@@ -13,8 +27,8 @@ end
 local function look_at_least(count, turn)
   read_view('0', decimal(count))
   if #view > count and view[count + 1].load == view[1].load then
-    local least = decimal(view[1].load)
-    local start = turn % (call('ZCOUNT', loads, least, least) - count + 1)
+    local lowest = decimal(view[1].load)
+    local start = turn % (call('ZCOUNT', loads, lowest, lowest) - count + 1)
     read_view(decimal(start), decimal(start + count - 1))
   end
 end
@@ -26,15 +40,30 @@ local function look_at_all()
   for _, seen in ipairs(view) do changed[seen.rank] = seen.load end
   read_view('0', '-1')
   for _, seen in ipairs(view) do seen.load = changed[seen.rank] or seen.load end
-  table.sort(view, function(one, other) return one.load < other.load end)
+  if next(changed) then table.sort(view, is_before) end
   view_is_whole = true
 end
 
--- add_to: a request's tokens on the rank at this place of the view, which moves behind all that are now no fuller.
+-- look_closely: every eligible rank with its requests and in-flight tokens too.
+local function look_closely()
+  look_at_all()
+  local held, queued, flying = {}, {}, {}
+  for counts, key in pairs({[held] = requests, [queued] = in_flight_requests, [flying] = in_flight}) do
+    local listed = call('HGETALL', key)
+    for i = 1, #listed, 2 do counts[listed[i]] = listed[i + 1] end
+  end
+  for _, seen in ipairs(view) do  -- adding raises what is no number, before anything is written
+    seen.requests = (held[seen.rank] or 0) + (queued[seen.rank] or 0)
+    seen.in_flight = (flying[seen.rank] or 0) + 0
+  end
+end
+
+-- add_to: a request on the rank at this place of the view, which moves behind all that are now before it.
 local function add_to(place, tokens)
   local seen = view[place]
   seen.load = seen.load + tokens
-  while view[place + 1] and view[place + 1].load <= seen.load do
+  if seen.requests then seen.requests, seen.in_flight = seen.requests + 1, seen.in_flight + tokens end
+  while view[place + 1] and is_before(view[place + 1], seen) do
     view[place] = view[place + 1]
     place = place + 1
   end

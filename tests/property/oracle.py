@@ -19,7 +19,12 @@ DEFAULTS = {
     "forget_ms": "3600000",
     "when_silent": "refuse",
     "when_full": "refuse",
+    "slow_start_ms": "0",
+    "weights": "equal",
 }
+
+LEVEL = ("equal", "0")
+"""Weights and slow start of a pool whose ranks all count alike."""
 
 
 @dataclass(eq=False)
@@ -83,6 +88,14 @@ class Oracle:
             if not life.silent and rank not in life.draining
         }
 
+    def queues(self) -> dict[str, tuple[int, int]]:
+        """Load and requests of every eligible rank, no higher than the index of queues goes."""
+        _, requests = self.in_flight()
+        return {
+            rank: (min(load, 10**10 - 1), min(self.held[rank][1] + requests[rank], 10**5))
+            for rank, load in self.loads().items()
+        }
+
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
 
@@ -97,8 +110,11 @@ class Oracle:
         limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
         roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
         in_turn = sorted(loads)[self.turn % len(loads)]
-        if self.settings["policy"] == "round_robin" and in_turn in roomy:
+        policy, is_level = self.settings["policy"], (self.settings["weights"], self.settings["slow_start_ms"]) == LEVEL
+        if policy == "round_robin" and is_level and in_turn in roomy:
             return {in_turn}
+        if roomy and (not is_level or policy not in ("minimum_tokens", "round_robin")):
+            return set(roomy)  # what else a policy wants is `tests/unit/test_policies.py`'s business
         if not roomy and self.settings["when_full"] == "least_loaded":
             roomy = loads
         return {rank for rank, load in roomy.items() if load == min(roomy.values())}
@@ -163,7 +179,7 @@ class Oracle:
                 if life.silent:
                     life.silent, life.lease_ends = False, now
 
-    # -- what the eleven keys must hold
+    # -- what the keys must hold
 
     def state(self) -> dict[str, dict[str, object]]:
         tokens, requests = self.in_flight()

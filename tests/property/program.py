@@ -1,7 +1,7 @@
 """A program: random steps of dispatchers, engines, operators and time on one pool, each checked against the oracle.
 
 Every choice is one number below a limit, drawn from `below`: hypothesis draws it to shrink what fails, the soak from a
-seeded generator to run a million steps. After each step all eleven keys must hold exactly what the oracle says.
+seeded generator to run a million steps. After each step all keys must hold exactly what the oracle says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from balancer import protocol, scripts
 from balancer.errors import Fenced, InvalidInput, NoRankReason, WrongSize
 from balancer.keys import KEY_NAMES, pool_keys
 from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, Reported, Request, in_flight_id
+from balancer.policies import policies
 from balancer.protocol import Operation
 from tests.clock import BEGINNING_MS, CLOCK_KEY, script_with_test_clock
 from tests.property.oracle import Oracle
@@ -88,24 +89,36 @@ class Program:
         return operation.read(reply)
 
     def check(self) -> None:
-        """The eleven keys hold what the oracle says, and all but the settings end some day."""
+        """The keys hold what the oracle says, and all but the settings end some day."""
         contents, ttls = orjson.loads(self._dumped)
         found: dict[str, dict[str, Any]] = {
             name: dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
             for name, flat in zip(KEY_NAMES, contents, strict=True)
         }
-        pool = found.pop("pool")
+        pool, queues = found.pop("pool"), found.pop("queues")
         found["engines"] = {name: _engine(name, record) for name, record in found["engines"].items()}
         found["bookings"] = {id_: _booking(record) for id_, record in found["bookings"].items()}
         for name in set(found) - {"engines", "bookings"}:
             found[name] = {field: int(value) for field, value in found[name].items()}
         for name, expected in self.oracle.state().items():
             assert found[name] == expected, f"{name}: {found[name]}, the oracle says {expected}"
+        if self.oracle.settings:
+            self._check_queues(pool, {rank: int(score) for rank, score in queues.items()})
         assert {name: pool.get(name) for name in self.oracle.settings} == self.oracle.settings
         assert int(pool.get("expired", 0)) == self.oracle.expired
         assert int(pool.get("turn", 0)) == self.oracle.turn
         for name, ttl in zip(KEY_NAMES, ttls, strict=True):
             assert ttl > 0 or ttl == -2 or (name == "pool" and ttl == -1), f"{name} never ends"
+
+    def _check_queues(self, pool: dict[str, str], queues: dict[str, int]) -> None:
+        """The index that is there only where the policy wants it, and its sums."""
+        counts = self.oracle.queues() if "queue_sums" in pool else {}
+        assert queues == {rank: count * 10**10 - load for rank, (load, count) in counts.items()}
+        if counts:
+            sums = (sum(load for load, _ in counts.values()), sum(count for _, count in counts.values()), len(counts))
+            *told, fewest = map(int, pool["queue_sums"].split(" "))
+            assert tuple(told) == sums
+            assert fewest <= min(count for _, count in counts.values())
 
     def set_clock(self, now_ms: int) -> None:
         self.now = now_ms
@@ -129,7 +142,7 @@ class Program:
             self.oracle.recall(self.now)
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
             seen: dict[str, str] = {}
-            for request, outcome in zip(requests, answer.outcomes, strict=True):
+            for request, outcome in _in_order_of_placing(requests, answer.outcomes):
                 self._check_outcome(name, request, outcome, seen)
                 assert not isinstance(outcome, Placement) or outcome.stale == is_stale
             assert answer.loads == (self.oracle.loads() if want_loads else None)
@@ -332,6 +345,9 @@ class Program:
         assert set(self.wire.ask("KEYS", "*")) == {CLOCK_KEY, f"dpb:{{{POOL}}}:pool"}
 
 
+OTHER_POLICIES = tuple({"policy": name} for name in policies() if name not in ("round_robin", "minimum_tokens"))
+
+
 @dataclass(frozen=True)
 class Weather:
     """What a program is likely to meet."""
@@ -357,11 +373,16 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
     changes=(
         {"policy": "round_robin"},
         {"policy": "minimum_tokens"},
+        *OTHER_POLICIES,
         {"when_full": "least_loaded"},
         {"when_full": "refuse"},
         {"when_silent": "last_known"},
         {"when_silent": "refuse"},
         {"engine_lease_ms": 9_000, "booking_lease_ms": 3_000},
+        {"weights": "a=2,b/1=0.25"},
+        {"weights": "equal"},
+        {"slow_start_ms": 3_000},
+        {"slow_start_ms": 0},
     ),
     loads_wanted_one_in=2,
     acts=(
@@ -387,11 +408,15 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
     changes=(
         {"policy": "round_robin"},
         {"policy": "minimum_tokens"},
+        *OTHER_POLICIES,
+        {"when_silent": "last_known"},
         {"when_silent": "last_known"},
         {"booking_lease_ms": 600},
         {"booking_lease_ms": 1_100, "engine_lease_ms": 60_000},
         {"engine_lease_ms": 700},
         {"engine_lease_ms": 5_000},
+        {"weights": "b=0.5"},
+        {"weights": "equal"},
     ),
     loads_wanted_one_in=10,
     acts=(
@@ -420,6 +445,18 @@ def told(program: Program, replay: str) -> Iterator[None]:
         steps = "\n  ".join(program.log[-25:])
         story = f"after {program.operations} operations, the last:\n  {steps}"
         raise AssertionError(f"{str(error) or line}\n{story}\n{replay}") from error
+
+
+def _in_order_of_placing(
+    requests: Sequence[Request], outcomes: Sequence[Placement | NoRankReason]
+) -> list[tuple[Request, Placement | NoRankReason]]:
+    """The largest first, then those that stand in the list a second time."""
+    first: dict[str, tuple[Request, Placement | NoRankReason]] = {}
+    again = []
+    for answered in zip(requests, outcomes, strict=True):
+        if first.setdefault(answered[0].request_id, answered) is not answered:
+            again.append(answered)
+    return sorted(first.values(), key=lambda answered: -answered[0].tokens) + again
 
 
 def _engine(name: str, record: str) -> tuple[object, ...]:
