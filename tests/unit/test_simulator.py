@@ -307,6 +307,25 @@ def test_sglang_publishes_every_fifteenth_decode_step() -> None:
     assert sglang.place(22.0, 0, [0]) == [1]
 
 
+def test_sglang_and_the_seed_do_not_see_the_rest_of_a_prompt_that_a_chunk_has_cut() -> None:
+    # Rank 0 prefills 5,000 tokens in chunks of 1,000; rank 1 holds 3,000 that decode.
+    stream = stream_of((0, 5_000, 2), (0, 3_000, 90), (0.21, 100, 2))
+    scenario = Scenario(ranks=2, profile=ROUND, kind=EngineKind.PREFILL_FIRST, chunk_tokens=1_000)
+    seen: list[Report] = []
+
+    class Watching(Fixed):
+        reads = Moment.BEFORE_RELEASE
+
+        def observe(self, now_s: float, report: Report) -> None:
+            seen.append(report)
+
+    simulate(stream, scenario, lambda *_: Watching(0, 1, 1))
+    assert [one.cut for one in seen[:5]] == [{0: 4_000, 1: 2_000}, {0: 3_000, 1: 1_000}, {0: 2_000}, {0: 1_000}, {}]
+    assert seen[1].held == [5_000, 3_000]
+    assert seen[1].counted_by_sglang() == [2_000, 2_000]
+    assert seen[4].counted_by_sglang() == seen[4].held
+
+
 def test_vllm_scores_its_own_requests_the_snapshot_and_a_full_cache() -> None:
     stream, progress = stream_of(*[(0, 10, 5)] * 9), Progress.of(9)
     vllm = VllmScore(Scenario(ranks=2, dispatchers=2, profile=ROUND), stream, progress, 0)
