@@ -14,20 +14,23 @@ from balancer.simulator.report import document, finite
 from balancer.simulator.report_html import page
 from balancer.workload import TimedRequest
 from scheduler_hooks.demo.stage import Stage
-from scheduler_hooks.replay.live import as_it_came, as_run, late_share
+from scheduler_hooks.replay.live import as_run, as_the_engine_saw_it, late_share
 from scheduler_hooks.replay.options import Plan, plan_of
 from scheduler_hooks.replay.table import render
+
+MOST_LATE = 0.1
+"""More of an engine's time lost to a slow machine, and requests pile up that would not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Both sides, the largest share of a run's step time for which the machine was too slow, and the requests of the
-    first round as each policy's engine saw them come (`live.as_it_came`)."""
+    """Both sides, the largest share of a run's step time for which the machine was too slow, and the first round's runs
+    on the engine's clock (`live.as_the_engine_saw_it`)."""
 
     live: Comparison
     simulated: Comparison
     late: float
-    came: dict[str, list[TimedRequest]]
+    seen: dict[str, Run]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = play(plan, stage, arguments.speed)
     print(render(outcome.live, outcome.simulated))
     print(f"\nlate       {outcome.late:.1%} of the slowest run's step time: this machine, not the policy")
+    if outcome.late > MOST_LATE:
+        print(
+            "           too much to compare policies by: give --speed 0.5 or less, or fewer --ranks, or a quieter hour"
+        )
     if arguments.json:
         written = {
             "source": plan.source,
@@ -67,21 +74,21 @@ def play(plan: Plan, stage: Stage, speed: float) -> Outcome:
     streams = {seed: Stream.of(requests) for seed, requests in zip(plan.seeds, plan.streams, strict=True)}
     summaries: dict[str, list[Summary]] = {policy: [] for policy in plan.policies}
     runs: dict[str, Run] = {}
-    came: dict[str, list[TimedRequest]] = {}
+    seen: dict[str, Run] = {}
     late = 0.0
-    for number, (seed, requests) in enumerate(zip(plan.seeds, plan.streams, strict=True)):
+    for number, requests in enumerate(plan.streams):
         first = number % len(plan.policies)
         for policy in (*plan.policies[first:], *plan.policies[:first]):
             played = stage.play(policy, number, _at_speed(requests, speed))
-            live = as_run(played, streams[seed], plan.scenario, speed)
+            live = as_run(played, requests, plan.scenario, speed)
             summaries[policy].append(summary(live))
             runs.setdefault(policy, live)
             if number == 0:
-                came[policy] = as_it_came(played, requests, speed)
+                seen[policy] = as_the_engine_saw_it(played, requests, plan.scenario, speed)
             late = max(late, late_share(played))
     live_runs = Comparison(plan.scenario, plan.seeds, summaries, runs)
     simulated = compare(plan.policies, plan.scenario, streams.__getitem__, plan.seeds)
-    return Outcome(live_runs, simulated, late, came)
+    return Outcome(live_runs, simulated, late, seen)
 
 
 def _at_speed(requests: list[TimedRequest], speed: float) -> list[TimedRequest]:
