@@ -48,21 +48,32 @@ class Dispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    def dispatch(self, request_id: str, tokens: int) -> Placement:
+    def dispatch(self, request_id: str, tokens: int, engine: str | None = None) -> Placement:
         """Choose a rank for one request and book it there.
 
         `request_id`: 1 to 512 bytes; a repeat returns the first placement. `tokens`: of the prompt, 1 to 2**31 - 1.
+        `engine`: only its ranks may be chosen, as by a dispatcher inside one server of several; a booking that the
+        request has on another engine ends.
         Raises `NoRank` with its reason, `InvalidInput`, or `Refused`; while Redis is away the answer comes from the
         last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen.
         """
-        return _single(self.dispatch_many([Request(request_id, tokens)]))
+        return _single(self.dispatch_many([Request(request_id, tokens)], engine))
 
-    def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    def dispatch_many(self, requests: Iterable[Request], engine: str | None = None) -> list[Placement | NoRank]:
         """Place a list of requests, one EVAL for every 256; the answers stand in the order given.
 
         A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
         """
-        return perform(self._placing.dispatch(list(requests)), self._store.run)
+        return perform(self._placing.dispatch(list(requests), engine), self._store.run)
+
+    def renew(self, requests: Iterable[Request]) -> list[bool]:
+        """Begin bookings' leases anew, each counting with the tokens given now; one EVAL for every 256.
+
+        For requests that take long on an engine which acknowledges nothing: renew well within the pool's
+        `booking_lease_ms`, with prompt and generated tokens so far, and release at the end. Repeating is harmless. True
+        where the booking is there; False where it has ended or counts for nobody any more, or Redis is away.
+        """
+        return perform(self._placing.renew(list(requests)), self._store.run)
 
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
@@ -72,9 +83,9 @@ class Dispatcher:
         return perform(self._placing.release(request_ids), self._store.run)
 
     @contextmanager
-    def booking(self, request_id: str, tokens: int) -> Iterator[Placement]:
+    def booking(self, request_id: str, tokens: int, engine: str | None = None) -> Iterator[Placement]:
         """Dispatch for the length of a send: released where the body raises, left to the engine where it does not."""
-        placement = self.dispatch(request_id, tokens)
+        placement = self.dispatch(request_id, tokens, engine)
         try:
             yield placement
         except BaseException:
@@ -118,22 +129,26 @@ class AsyncDispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    async def dispatch(self, request_id: str, tokens: int) -> Placement:
+    async def dispatch(self, request_id: str, tokens: int, engine: str | None = None) -> Placement:
         """See `Dispatcher.dispatch`."""
-        return _single(await self.dispatch_many([Request(request_id, tokens)]))
+        return _single(await self.dispatch_many([Request(request_id, tokens)], engine))
 
-    async def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    async def dispatch_many(self, requests: Iterable[Request], engine: str | None = None) -> list[Placement | NoRank]:
         """See `Dispatcher.dispatch_many`."""
-        return await perform_async(self._placing.dispatch(list(requests)), self._store.run)
+        return await perform_async(self._placing.dispatch(list(requests), engine), self._store.run)
+
+    async def renew(self, requests: Iterable[Request]) -> list[bool]:
+        """See `Dispatcher.renew`."""
+        return await perform_async(self._placing.renew(list(requests)), self._store.run)
 
     async def release(self, *request_ids: str) -> int:
         """See `Dispatcher.release`."""
         return await perform_async(self._placing.release(request_ids), self._store.run)
 
     @asynccontextmanager
-    async def booking(self, request_id: str, tokens: int) -> AsyncIterator[Placement]:
+    async def booking(self, request_id: str, tokens: int, engine: str | None = None) -> AsyncIterator[Placement]:
         """See `Dispatcher.booking`."""
-        placement = await self.dispatch(request_id, tokens)
+        placement = await self.dispatch(request_id, tokens, engine)
         try:
             yield placement
         except BaseException:

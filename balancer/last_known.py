@@ -55,14 +55,19 @@ class LastKnown:
             if rank in self._loads:
                 self._loads[rank] += tokens
 
-    def choose(self, tokens: int) -> tuple[str, int] | None:
-        """A rank and its load as far as known, with `tokens` now added to it; None where no rank was ever seen."""
+    def choose(self, tokens: int, engine: str | None = None) -> tuple[str, int] | None:
+        """A rank, of `engine` or of any, and its load as far as known, with `tokens` now added to it.
+
+        None where no such rank was ever seen.
+        """
         with self._lock:
-            if not self._ranks:
+            ranks = [rank for rank in self._ranks if engine is None or rank.startswith(f"{engine}/")]
+            if not ranks:
                 return None
             # Rotating where the search begins spreads ties.
-            self._turn = (self._turn + 1) % len(self._ranks)
-            order = self._ranks[self._turn :] + self._ranks[: self._turn]
+            self._turn += 1
+            begin = self._turn % len(ranks)
+            order = ranks[begin:] + ranks[:begin]
             young = self._clock() - self._learned < self._trust_s
             rank = min(order, key=self._loads.__getitem__) if young else order[0]
             load = self._loads[rank]

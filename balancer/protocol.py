@@ -60,13 +60,14 @@ class Dispatched:
 
 
 def dispatch(
-    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False
+    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False, engine: str | None = None
 ) -> Operation[Dispatched]:
-    """Choose ranks for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
+    """Choose ranks for 1 to MAX_REQUESTS_PER_DISPATCH requests, on one `engine` or on any, and book them."""
     checked_name(dispatcher, "dispatcher name")
     if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
         raise InvalidInput(f"a dispatch takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    arguments: list[str | int] = [dispatcher, int(want_loads)]
+    where = "" if engine is None else checked_name(engine, "engine name")
+    arguments: list[str | int] = [dispatcher, int(want_loads), where]
     for request in requests:
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
@@ -91,6 +92,18 @@ def release(pool: str, request_ids: Sequence[str]) -> Operation[int]:
         raise InvalidInput(f"a release takes 1 to {MAX_IDS_PER_RELEASE} request ids, not {len(request_ids)}")
     ids = tuple(in_flight_id(checked_request_id(request_id)) for request_id in request_ids)
     return Operation("release", pool_keys(pool), ids, lambda reply: int(_read(pool, reply, "released", 2)[1]))
+
+
+def renew(pool: str, requests: Sequence[Request]) -> Operation[list[bool]]:
+    """Begin the leases of 1 to MAX_REQUESTS_PER_DISPATCH bookings anew, with the tokens given; reads which."""
+    if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
+        raise InvalidInput(f"a renewal takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
+    arguments = tuple(part for request in requests for part in (request.in_flight_id, request.tokens))
+
+    def read(reply: Reply) -> list[bool]:
+        return [bool(int(renewed)) for renewed in _read(pool, reply, "renewed", 1 + len(requests))[1:]]
+
+    return Operation("renew", pool_keys(pool), arguments, read)
 
 
 def join(pool: str, incarnation: Incarnation) -> Operation[Incarnation]:

@@ -1,7 +1,7 @@
 -- view: what a policy sees. `view` lists ranks by load, the least loaded first and equals by name, and stays in order as
 -- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
 -- sees its requests (held + in flight) and in_flight (tokens).
-local view, view_is_whole = {}, false
+local view, view_is_whole, only = {}, false, nil
 local TURNS = 1000000
 
 -- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
@@ -10,16 +10,39 @@ local function turn_of(id)
   return tonumber(string.sub(id, -6))
 end
 
+-- look_only_at: the view is of this engine's ranks alone; empty: of all the pool's.
+local function look_only_at(engine)
+  only = engine ~= '' and engine or nil
+end
+
+-- may_see: whether a rank, or an engine's name, belongs to what the view is of.
+local function may_see(name)
+  return not only or string.match(name, '^[^/]+') == only
+end
+
 local function read_view(from, to)
   local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
   view = {}
   for i = 1, #listed, 2 do
-    view[#view + 1] = {rank = listed[i], load = tonumber(listed[i + 1]), weight = weight_of(listed[i])}
+    if may_see(listed[i]) then
+      view[#view + 1] = {rank = listed[i], load = tonumber(listed[i + 1]), weight = weight_of(listed[i])}
+    end
   end
 end
 
 local function is_before(one, other)
   return one.load < other.load or one.load == other.load and one.rank < other.rank
+end
+
+-- look_at_all: every rank that may be chosen, with the loads that this dispatch has changed so far.
+local function look_at_all()
+  if view_is_whole then return end
+  local changed = {}
+  for _, seen in ipairs(view) do changed[seen.rank] = seen.load end
+  read_view('0', '-1')
+  for _, seen in ipairs(view) do seen.load = changed[seen.rank] or seen.load end
+  if next(changed) then table.sort(view, is_before) end
+  view_is_whole = true
 end
 
 -- look_at_least: the `count` least loaded ranks. Where more than `count` share the least load, `turn` (any whole
@@ -33,15 +56,11 @@ local function look_at_least(count, turn)
   end
 end
 
--- look_at_all: every eligible rank, with the loads that this dispatch has changed so far.
-local function look_at_all()
-  if view_is_whole then return end
-  local changed = {}
-  for _, seen in ipairs(view) do changed[seen.rank] = seen.load end
-  read_view('0', '-1')
-  for _, seen in ipairs(view) do seen.load = changed[seen.rank] or seen.load end
-  if next(changed) then table.sort(view, is_before) end
-  view_is_whole = true
+-- sees_none: whether there is nothing to choose from.
+local function sees_none()
+  if not only then return call('EXISTS', loads) == 0 end
+  look_at_all()
+  return #view == 0
 end
 
 -- look_closely: every eligible rank with its requests and in-flight tokens too.

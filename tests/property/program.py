@@ -130,10 +130,11 @@ class Program:
         count = self.pick(self.weather.list_lengths)
         requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
         want_loads, name = not self.below(self.weather.loads_wanted_one_in), f"d{self.below(3)}"
+        engine = self.pick("abc") if not self.below(8) else None
 
         def act() -> None:
-            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]}")
-            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads))
+            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} on {engine or 'any'}")
+            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, engine))
             assert answer
             if not self.oracle.settings:
                 assert set(answer.outcomes) == {NoRankReason.NOBODY_JOINED}
@@ -141,9 +142,10 @@ class Program:
             self.oracle.end_leases(self.now, 16 + len(requests))
             self.oracle.recall(self.now)
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
+            self.oracle.end(self.oracle.elsewhere(requests, engine))
             seen: dict[str, str] = {}
             for request, outcome in _in_order_of_placing(requests, answer.outcomes):
-                self._check_outcome(name, request, outcome, seen)
+                self._check_outcome(name, request, outcome, seen, engine)
                 assert not isinstance(outcome, Placement) or outcome.stale == is_stale
             assert answer.loads == (self.oracle.loads() if want_loads else None)
             self.check()
@@ -152,7 +154,12 @@ class Program:
         return act
 
     def _check_outcome(
-        self, name: str, request: Request, outcome: Placement | NoRankReason, seen: dict[str, str]
+        self,
+        name: str,
+        request: Request,
+        outcome: Placement | NoRankReason,
+        seen: dict[str, str],
+        engine: str | None,
     ) -> None:
         oracle, id_ = self.oracle, str(request.in_flight_id)
         if oracle.is_booked(id_):
@@ -162,12 +169,12 @@ class Program:
             booking.deadline = self.now + oracle.ms("booking_lease_ms")
         elif id_ in seen:
             assert outcome == seen[id_], f"{request.request_id} was {seen[id_]} in the same list"
-        elif not oracle.loads():
-            assert outcome == oracle.why_none()
+        elif not oracle.loads(engine):
+            assert outcome == oracle.why_none(engine)
             seen[id_] = outcome
         else:
             oracle.turn += oracle.settings["policy"] == "round_robin"
-            allowed = oracle.allowed(request.tokens)
+            allowed = oracle.allowed(request.tokens, engine)
             if not allowed:
                 assert outcome == NoRankReason.ALL_FULL
                 seen[id_] = outcome
@@ -185,6 +192,19 @@ class Program:
             self.log.append(f"release {names}")
             ended = self.run(protocol.release(POOL, names))
             assert ended == self.oracle.end(str(in_flight_id(name)) for name in names)
+            self.check()
+
+        act()
+        return act
+
+    def renew(self) -> Callable[[], None]:
+        count = self.pick((1, 1, 3))
+        requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
+
+        def act() -> None:
+            self.log.append(f"renew {[(r.request_id, r.tokens) for r in requests]}")
+            renewed = self.run(protocol.renew(POOL, requests))
+            assert renewed == [self.oracle.renew(str(r.in_flight_id), r.tokens, self.now) for r in requests]
             self.check()
 
         act()
@@ -389,6 +409,7 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
         *[Program.dispatch] * 16,
         *[Program.report] * 12,
         *[Program.release] * 6,
+        *[Program.renew] * 4,
         *[Program.join] * 4,
         *[Program.pass_time] * 6,
         *[Program.drain] * 4,
@@ -423,6 +444,7 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
         *[Program.dispatch] * 40,
         *[Program.report] * 12,
         *[Program.release] * 6,
+        *[Program.renew] * 4,
         *[Program.pass_time] * 8,
         *[Program.join] * 3,
         *[Program.drain] * 3,

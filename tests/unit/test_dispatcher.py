@@ -383,6 +383,14 @@ def test_ties_spread_in_the_fallback_too() -> None:
     assert set(Counter(known.choose(5)[0] for _ in range(40)).values()) == {10}  # type: ignore[index]
 
 
+def test_the_fallback_for_one_engine_chooses_among_its_ranks() -> None:
+    known = LastKnown(clock=Ticks())
+    known.learn({"a/0": 5, "a/1": 4, "ab/0": 0})
+    assert known.choose(9, "a") == ("a/1", 4)
+    assert known.choose(9, "a") == ("a/0", 5)
+    assert known.choose(9, "nobody") is None
+
+
 def test_an_empty_pool_teaches_nothing() -> None:
     known = LastKnown(clock=Ticks())
     known.learn({"e/0": 5})

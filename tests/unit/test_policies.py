@@ -23,6 +23,7 @@ from tests.clock import Clock
 
 Join = Callable[..., Reporter]
 EVERY = pytest.mark.parametrize("policy", policies())
+pytestmark = pytest.mark.usefixtures("clock")  # that stands still: no lease ends, however slow the machine
 
 
 def held(*counts: tuple[int, int]) -> list[RankCounts]:
