@@ -70,7 +70,8 @@ def the_seeds_table(options: Options) -> dict[str, Any]:
             def at_once(seed: int, count: int = count) -> Stream:
                 return Stream.of(scaled(resampled(trace, count, seed), rate_per_s=math.inf))
 
-            compared = compare((*OWN, "seed"), scenario, at_once, range(max(options.seeds, 5)))
+            seeds = 60 if count == 100 else 5  # a hundred prompts are few: single runs differ by more than policies
+            compared = compare((*OWN, "seed"), scenario, at_once, range(max(options.seeds, seeds)))
             print(f"\n{count} prompts at once, prefill first, 16 ranks, {profile.name}; change against round robin, %")
             for name in compared.summaries:
                 changes = [compared.change(name, "round_robin", metric) for metric in SEED_METRICS]
