@@ -162,7 +162,14 @@ def _capacities(
         """As long as the runs above, and so with more requests where there are more a second."""
         return stream_at(0, rate, math.ceil(arguments.requests * max(1.0, rate / rate_per_s)))
 
-    return {name: capacity_per_s(name, scenario, as_long, objective, rate_per_s) for name in names}
+    bar, found = ProgressBar("searching capacities", "balancers"), dict[str, float]()
+    try:
+        for number, name in enumerate(names):
+            bar.tell(number, len(names))
+            found[name] = capacity_per_s(name, scenario, as_long, objective, rate_per_s)
+    finally:
+        bar.end()
+    return found
 
 
 def _write(

@@ -91,6 +91,29 @@ def test_policies_take_turns_and_each_round_begins_with_another() -> None:
     assert stage.order == [(0, one), (0, other), (1, other), (1, one), (2, one), (2, other)]
 
 
+def test_a_machine_too_slow_for_the_steps_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow:
+        def __init__(self, what: str, **more: object) -> None: ...
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *exc: object) -> None: ...
+
+        def play(self, policy: str, number: int, requests: list[TimedRequest]) -> Played:
+            times = Times(served=[Served(f"{policy}-0-{index}", 0, 5.0, 5.0, 5.1, 5.2) for index in range(2)])
+            step = {"t": 5.1, "duration_s": 0.1, "late_s": 0.05, "cost_ms": [50, 0], "held": [9, 0], "requests": [1, 0]}
+            return Played(5.0, times, [step])
+
+    monkeypatch.setattr("scheduler_hooks.replay.run.Stage", Slow)
+    assert main(shlex.split("replay --requests 2 --rounds 1 --ranks 2 --policy round_robin")) == 0
+    out = capsys.readouterr().out
+    assert "late       50.0%" in out
+    assert "give --speed 0.5 or less" in out
+
+
 def test_the_simulator_has_the_mock_engines_price_list() -> None:
     cost = CostModel()
     assert (MOCK.base_ms, MOCK.kv_ns, MOCK.request_us) == (cost.base_ms, cost.kv_ns, cost.request_us)

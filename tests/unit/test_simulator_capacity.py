@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from balancer.simulator import H200, Objective, Scenario, Stream, capacity_per_s, make_balancer, simulate, summary
 from balancer.simulator.experiment import PATIENCE_MS
+from balancer.simulator.progress import ProgressBar
 from balancer.workload import TimedRequest, generate, scaled
 
 SMALL = replace(H200, kv_capacity_tokens=20_000)
@@ -42,3 +44,17 @@ def test_all_of_a_run_counts_where_all_requests_come_at_once() -> None:
     cut = simulate(stream, shares, make_balancer("minimum_tokens"))
     assert summary(cut).steps == summary(whole).steps == pytest.approx(max(stream.output_tokens), abs=1)
     assert summary(cut).barrier_waste == summary(whole).barrier_waste > 0
+
+
+def test_a_terminal_sees_how_far_a_run_is_and_a_file_sees_nothing() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        bar = ProgressBar("searching capacities", "balancers", stream)
+        bar.tell(1, 4)
+        bar.end()
+    assert terminal.getvalue() == "\rsearching capacities [########........................] 1 of 4 balancers\r\x1b[K"
+    assert file.getvalue() == ""
