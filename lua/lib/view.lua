@@ -1,7 +1,8 @@
 -- view: what a policy sees. `view` lists ranks by load, the least loaded first and equals by name, and stays in order as
 -- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
 -- sees its requests (held + in flight) and in_flight (tokens).
-local view, view_is_whole, only = {}, false, nil
+local view, view_is_whole = {}, false
+local is_scoped, among, avoided = false, nil, {}
 local TURNS = 1000000
 
 -- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
@@ -10,14 +11,24 @@ local function turn_of(id)
   return tonumber(string.sub(id, -6))
 end
 
--- look_only_at: the view is of this engine's ranks alone; empty: of all the pool's.
-local function look_only_at(engine)
-  only = engine ~= '' and engine or nil
+-- look_within: the view is of the ranks named alone, where any are, and never of those named behind a minus.
+local function look_within(named)
+  for sign, rank in string.gmatch(named, ' (%-?)(%S+)') do
+    if sign == '-' then
+      avoided[rank], is_scoped = true, true
+    else
+      among, is_scoped = among or {}, true
+      among[rank] = true
+    end
+  end
 end
 
--- may_see: whether a rank, or an engine's name, belongs to what the view is of.
-local function may_see(name)
-  return not only or string.match(name, '^[^/]+') == only
+local function is_among(rank)
+  return not among or among[rank]
+end
+
+local function may_see(rank)
+  return is_among(rank) and not avoided[rank]
 end
 
 local function read_view(from, to)
@@ -58,7 +69,7 @@ end
 
 -- sees_none: whether there is nothing to choose from.
 local function sees_none()
-  if not only then return call('EXISTS', loads) == 0 end
+  if not is_scoped then return call('EXISTS', loads) == 0 end
   look_at_all()
   return #view == 0
 end
