@@ -57,12 +57,13 @@ class Dispatcher:
         """
         return _single(self.dispatch_many([Request(request_id, tokens)]))
 
-    def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    def dispatch_many(self, requests: Iterable[Request], avoid: Sequence[str] = ()) -> list[Placement | NoRank]:
         """Place a list of requests, one EVAL for every 256; the answers stand in the order given.
 
-        A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
+        A request without a rank gets its `NoRank` as an answer, so that the others keep theirs. `avoid`: ranks not to
+        be chosen, because this dispatcher cannot reach them; a request that is booked already keeps its rank.
         """
-        return perform(self._placing.dispatch(list(requests)), self._store.run)
+        return perform(self._placing.dispatch(list(requests), avoid), self._store.run)
 
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
@@ -122,9 +123,9 @@ class AsyncDispatcher:
         """See `Dispatcher.dispatch`."""
         return _single(await self.dispatch_many([Request(request_id, tokens)]))
 
-    async def dispatch_many(self, requests: Iterable[Request]) -> list[Placement | NoRank]:
+    async def dispatch_many(self, requests: Iterable[Request], avoid: Sequence[str] = ()) -> list[Placement | NoRank]:
         """See `Dispatcher.dispatch_many`."""
-        return await perform_async(self._placing.dispatch(list(requests)), self._store.run)
+        return await perform_async(self._placing.dispatch(list(requests), avoid), self._store.run)
 
     async def release(self, *request_ids: str) -> int:
         """See `Dispatcher.release`."""

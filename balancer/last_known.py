@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 REFRESH_MS = 1_000
 TRUST_MS = 30_000
@@ -55,14 +55,16 @@ class LastKnown:
             if rank in self._loads:
                 self._loads[rank] += tokens
 
-    def choose(self, tokens: int) -> tuple[str, int] | None:
-        """A rank and its load as far as known, with `tokens` now added to it; None where no rank was ever seen."""
+    def choose(self, tokens: int, avoid: Collection[str] = ()) -> tuple[str, int] | None:
+        """A rank that is none of `avoid` and its load as far as known, with `tokens` now added to it; None where no
+        such rank was ever seen."""
         with self._lock:
-            if not self._ranks:
+            ranks = [rank for rank in self._ranks if rank not in avoid] if avoid else self._ranks
+            if not ranks:
                 return None
             # Rotating where the search begins spreads ties.
-            self._turn = (self._turn + 1) % len(self._ranks)
-            order = self._ranks[self._turn :] + self._ranks[: self._turn]
+            self._turn = (self._turn + 1) % len(ranks)
+            order = ranks[self._turn :] + ranks[: self._turn]
             young = self._clock() - self._learned < self._trust_s
             rank = min(order, key=self._loads.__getitem__) if young else order[0]
             load = self._loads[rank]

@@ -45,11 +45,12 @@ class Placing:
         self.counters = Counters()
         self._denied = ""  # why Redis refused us, where that is why it is away
 
-    def dispatch(self, requests: Sequence[Request]) -> Steps[list[Placement | NoRank]]:
-        """Place requests; the answers stand in the order given, `NoRank` where there is no rank to give."""
+    def dispatch(self, requests: Sequence[Request], avoid: Sequence[str] = ()) -> Steps[list[Placement | NoRank]]:
+        """Place requests on ranks other than `avoid`; the answers stand in the order given, `NoRank` where there is no
+        rank to give."""
         answers: list[Placement | NoRank] = []
         for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
-            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH])
+            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], avoid)
         return answers
 
     def release(self, request_ids: Sequence[str]) -> Steps[int]:
@@ -70,15 +71,15 @@ class Placing:
         self.counters.released += released
         return released
 
-    def _dispatch_list(self, requests: Sequence[Request]) -> Steps[list[Placement | NoRank]]:
+    def _dispatch_list(self, requests: Sequence[Request], avoid: Sequence[str]) -> Steps[list[Placement | NoRank]]:
         if not self.breaker.admits():
-            return self._fall_back(requests)
+            return self._fall_back(requests, avoid)
         wants_loads = self.last_known.wants_loads()
         try:
-            answer: protocol.Dispatched = yield protocol.dispatch(self.pool, self.name, requests, wants_loads)
+            answer: protocol.Dispatched = yield protocol.dispatch(self.pool, self.name, requests, wants_loads, avoid)
         except StoreError as error:
             self._lost(error)
-            return self._fall_back(requests)
+            return self._fall_back(requests, avoid)
         except Refused:
             self._regained()
             raise
@@ -91,10 +92,10 @@ class Placing:
                     self.last_known.add(outcome.rank, outcome.request.tokens)
         return self._answers(requests, answer.outcomes)
 
-    def _fall_back(self, requests: Sequence[Request]) -> list[Placement | NoRank]:
+    def _fall_back(self, requests: Sequence[Request], avoid: Sequence[str]) -> list[Placement | NoRank]:
         outcomes: list[Placement | NoRankReason] = []
         for request in requests:
-            choice = self.last_known.choose(request.tokens)
+            choice = self.last_known.choose(request.tokens, avoid)
             if choice is None and self._denied:
                 raise StoreDenied(self._denied)
             outcomes.append(Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE)

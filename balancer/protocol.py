@@ -14,6 +14,7 @@ from balancer.errors import CorruptPool, Fenced, InvalidInput, NewerSchema, NoRa
 from balancer.keys import pool_keys
 from balancer.model import (
     MAX_REQUESTS_PER_DISPATCH,
+    MAX_TOKENS,
     EngineState,
     EngineView,
     Incarnation,
@@ -39,6 +40,9 @@ Reply = list[Any]
 MAX_IDS_PER_RELEASE = 1_000
 """Most ids in one release; the bound of `lua/lib/end_bookings.lua`."""
 
+MAX_IDS_PER_RENEW = 500
+"""Most bookings in one renewal; the bound of `lua/renew.lua`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[T]):
@@ -60,13 +64,13 @@ class Dispatched:
 
 
 def dispatch(
-    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False
+    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False, avoid: Sequence[str] = ()
 ) -> Operation[Dispatched]:
-    """Choose ranks for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
+    """Choose ranks, none of `avoid`, for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
     checked_name(dispatcher, "dispatcher name")
     if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
         raise InvalidInput(f"a dispatch takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    arguments: list[str | int] = [dispatcher, int(want_loads)]
+    arguments: list[str | int] = [dispatcher, " ".join(("1" if want_loads else "0", *avoid))]
     for request in requests:
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
@@ -91,6 +95,17 @@ def release(pool: str, request_ids: Sequence[str]) -> Operation[int]:
         raise InvalidInput(f"a release takes 1 to {MAX_IDS_PER_RELEASE} request ids, not {len(request_ids)}")
     ids = tuple(in_flight_id(checked_request_id(request_id)) for request_id in request_ids)
     return Operation("release", pool_keys(pool), ids, lambda reply: int(_read(pool, reply, "released", 2)[1]))
+
+
+def renew(pool: str, bookings: Sequence[tuple[str, int]]) -> Operation[int]:
+    """Renew the leases of up to MAX_IDS_PER_RENEW bookings, each a request id and the tokens that it holds now (0: as
+    booked); reads how many there were."""
+    if not 1 <= len(bookings) <= MAX_IDS_PER_RENEW:
+        raise InvalidInput(f"a renewal takes 1 to {MAX_IDS_PER_RENEW} bookings, not {len(bookings)}")
+    arguments: list[int] = []
+    for request_id, tokens in bookings:
+        arguments += (in_flight_id(checked_request_id(request_id)), checked_count(tokens, "tokens", 0, MAX_TOKENS))
+    return Operation("renew", pool_keys(pool), tuple(arguments), lambda reply: int(_read(pool, reply, "renewed", 2)[1]))
 
 
 def join(pool: str, incarnation: Incarnation) -> Operation[Incarnation]:

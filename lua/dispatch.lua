@@ -5,7 +5,8 @@
 --
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     dispatcher  text    who books
---          want_loads  0 or 1  whether to return the loads of all eligible ranks
+--          want_loads  0 or 1  whether to return the loads of all eligible ranks; after it, each behind a space, the ranks
+--                              that must not be chosen (the dispatcher cannot reach them)
 --          then for each request: id (63-bit decimal), tokens (1 to 2^31 - 1), request id (text)
 -- RETURNS  {'dispatched', stale 0 or 1, outcome, rank or reason, load before or 0, the three for each request,
 --          then rank, load of each eligible rank where they are wanted}
@@ -18,7 +19,7 @@ if #ARGV == 5 and ARGV[2] == '0' then  -- before the general rule's functions ar
 end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary
+--@include keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary, avoid
 --@include policies/minimum_tokens, policies/round_robin
 local EXPIRED_PER_DISPATCH = 16
 local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
@@ -53,6 +54,7 @@ for i, id in ipairs(ids) do
   end
 end
 
+avoid(string.sub(want_loads, 2))
 local reason = #batch > 0 and call('EXISTS', loads) == 0 and why_none() or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or minimum_tokens)(batch)
 local placed = {}
@@ -73,10 +75,11 @@ for _, i in ipairs(again) do  -- an id twice in one list
   local outcome, rank, load = unpack(first[ids[i]])
   outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
 end
+readmit()
 book(placed, timed, dispatcher, lives)
 note_ordinary(now)
 
-outcomes[#outcomes + 1] = want_loads == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
+outcomes[#outcomes + 1] = string.sub(want_loads, 1, 1) == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
 local reply = {'dispatched', stale and 1 or 0}
 for _, part in ipairs(outcomes) do
   for _, field in ipairs(part) do reply[#reply + 1] = field end
