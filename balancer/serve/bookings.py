@@ -196,7 +196,7 @@ class Bookings:
     async def _read_settings(self) -> None:
         while True:
             with contextlib.suppress(BalancerError):
-                snapshot = await self._store.run(protocol.snapshot(self._pool))
+                snapshot = await self.dispatcher.snapshot()
                 self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
                 self.policy = snapshot.settings.policy
                 self.is_pool_known = bool(snapshot.engines)

@@ -56,7 +56,7 @@ async def decide(replica: Replica, request: Inbound) -> Answered:
 async def _dispatch(replica: Replica, request: Inbound) -> Answered:
     fields = _object(request.body)
     path = str(fields.get("path", "/v1/completions")).encode()
-    request_id = checked_request_id(fields.get("request_id") or _new_id())
+    request_id = _given_id(fields.get("request_id"))
     tokens = fields.get("tokens")
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
@@ -147,6 +147,15 @@ def _object(body: bytes) -> dict[str, Any]:
 
 def _new_id() -> str:
     return f"req-{random.getrandbits(64):016x}"
+
+
+def _given_id(given: object) -> str:
+    if given is None:
+        return _new_id()
+    safe = wire.safe_request_id(given.encode("utf-8", "replace")) if isinstance(given, str) else None
+    if safe is None:
+        raise InvalidInput("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+    return safe
 
 
 def _wrong_method() -> Answered:

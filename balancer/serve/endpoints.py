@@ -6,6 +6,7 @@ A body is parsed to be looked at; what goes on to the engine are its own bytes (
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ IMAGE_TOKENS = 1_000
 """Booked for an image or a file, whose tokens only the engine knows."""
 _MESSAGE_TOKENS = 4
 """What a chat template puts around a message."""
+_RID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+"""An id that the body brings along is used where it can stand in a header; the engine gets it in either case."""
 _LENIENT_MOST = 1 << 20
 _DEEPEST = 64
 
@@ -70,7 +73,7 @@ def read_body(path: bytes, body: bytes) -> Asked:
     asked = Asked(texts=[], fields=fields, stream=fields.get("stream") is True)
     key = "request_id" if path == b"/v1/responses" else "rid"
     asked.has_rid = key in fields
-    if isinstance(rid := fields.get(key), str) and 0 < len(rid) <= 128:
+    if isinstance(rid := fields.get(key), str) and _RID.fullmatch(rid):
         asked.rid = rid
     if path == b"/generate":
         _read_generate(fields, asked)

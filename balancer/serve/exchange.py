@@ -123,7 +123,7 @@ class Exchange:
                 connection, answer = await self._send(attempt)
             except UpstreamError as error:
                 why = error
-                attempt.target.stand_in.suspect()
+                attempt.target.stand_in.suspect(is_certain=not error.connected)
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
                 reason = "broke_off" if error.connected else "no_connection"

@@ -134,7 +134,7 @@ class RequestReader:
         request.keep_alive = parser.should_keep_alive()
         request.path = request.target.partition(b"?")[0]
         if version not in ("1.0", "1.1"):
-            return self.refuse(505, "HTTP/1.1 is spoken here")
+            return self.refuse(505, "this server speaks HTTP/1.1")
         if len(request.headers) > _MOST_HEADERS:
             return self.refuse(431, f"more than {_MOST_HEADERS} headers")
         self._read_headers(request)

@@ -116,8 +116,11 @@ class Replica:
         return tuple(self._strangers)
 
     def avoided(self) -> tuple[str, ...]:
-        """Ranks that this replica cannot reach."""
-        silent = avoided(target.stand_in for target in self.targets)
+        """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
+        must not turn everybody away."""
+        silent: tuple[str, ...] = ()
+        if any(target.stand_in.answers for target in self.targets):
+            silent = avoided(target.stand_in for target in self.targets)
         return (*silent, *self._strangers) if self._strangers else silent
 
     def any_target(self, failed: tuple[str, ...]) -> Target:

@@ -60,11 +60,14 @@ class StandIn:
         """Begin to look after it."""
         self._task = asyncio.create_task(self._look_after())
 
-    def suspect(self) -> None:
-        """A request could not be sent: avoid the engine, and look at it now."""
-        if self.answers:
+    def suspect(self, is_certain: bool) -> None:
+        """A request failed: look at the engine now, and, where it took no connection, avoid it until then.
+
+        One that broke off may have met a request that breaks it, which is no reason to turn others away.
+        """
+        if is_certain and self.answers:
             self.answers = False
-            log.info("engine=%s url=%s does not answer: avoided until it does", self.engine.name, self.engine.url)
+            log.info("engine=%s url=%s takes no connection: avoided until it does", self.engine.name, self.engine.url)
         self._look.set()
 
     async def stop(self) -> None:

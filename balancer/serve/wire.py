@@ -27,13 +27,16 @@ HOP_BY_HOP = frozenset(
 _OURS = HOP_BY_HOP | {b"host", b"content-length", b"x-data-parallel-rank", b"x-request-id"}
 _ANSWERS_HOPS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"upgrade"))
 _BRACE = re.compile(rb"\s*\{\s*")
-_SAFE_ID = re.compile(rb"[A-Za-z0-9._:@/+=~-]{1,128}")
+SAFE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 _XARGS = "dp_balancer"
 
 
 def safe_request_id(value: bytes | None) -> str | None:
-    """A client's X-Request-Id if it can stand in a header, a log line and a booking as it is, else None."""
-    return value.decode("ascii") if value is not None and _SAFE_ID.fullmatch(value) else None
+    """A client's X-Request-Id if it can stand in a header, a log line and a booking as it is, else None.
+
+    Without `~`, of which marks are made.
+    """
+    return value.decode("ascii") if value is not None and SAFE_ID.fullmatch(value) else None
 
 
 def can_match(engine: Engine, path: bytes, asked: Asked) -> bool:

@@ -61,26 +61,30 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
         shutil.rmtree(samples, ignore_errors=True)
 
 
-def _run(options: Options, settings: Settings, sock: socket.socket) -> None:
+def _run(options: Options, settings: Settings, sock: socket.socket, owner: int | None = None) -> None:
     factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with contextlib.suppress(ImportError):
         import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_replica(options, settings, sock))
+        runner.run(_replica(options, settings, sock, owner))
 
 
-async def _replica(options: Options, settings: Settings, sock: socket.socket) -> None:
+async def _replica(options: Options, settings: Settings, sock: socket.socket, owner: int | None) -> None:
     from balancer.serve.replica import Replica
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _ENDINGS:
         loop.add_signal_handler(number, ended.set)
+    if owner is not None:  # a pipe that ends with the process that watches us
+        loop.add_reader(owner, ended.set)
     replica = Replica(options, settings)
     await replica.start(sock)
     await ended.wait()
+    if owner is not None:
+        loop.remove_reader(owner)
     for number in _ENDINGS:  # a second one ends at once
         loop.remove_signal_handler(number)
     log.info("pool=%s stops: no new requests, %d connections", settings.pool, len(replica.server.clients))
@@ -91,6 +95,7 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
     """Fork the workers and keep them. `held` keeps the port ours; nobody listens on it."""
     ending: list[int] = []
     workers: dict[int, int] = {}
+    owner, ours = os.pipe()
 
     def begin(number: int) -> None:
         pid = os.fork()
@@ -102,8 +107,9 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
             for signum in _ENDINGS:
                 signal.signal(signum, signal.SIG_DFL)
             held.close()
+            os.close(ours)
             own = replace(settings, name=f"{settings.name[:56]}-w{number}")
-            _run(options, own, bound(options.host, options.port, shared=True))
+            _run(options, own, bound(options.host, options.port, shared=True), owner)
             code = 0
         except KeyboardInterrupt:
             code = 0
