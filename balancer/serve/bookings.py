@@ -64,6 +64,8 @@ class Bookings:
         self.policy = ""
         self.is_pool_known = False
         """Whether an engine has been seen in the pool."""
+        self.ranks: frozenset[str] = frozenset()
+        """All ranks of the pool, as last seen."""
         self._store = AsyncStore(settings)
         self._pool = settings.pool
         self._asked: deque[_Asked] = deque()
@@ -193,13 +195,18 @@ class Bookings:
                 except BalancerError as error:
                     log.warning("pool=%s bookings not renewed: %s", self._pool, error)
 
+    async def look(self) -> None:
+        """Read what the pool has agreed on and which ranks it has; an absent Redis leaves it as it was."""
+        with contextlib.suppress(BalancerError):
+            snapshot = await self.dispatcher.snapshot()
+            self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
+            self.policy = snapshot.settings.policy
+            self.is_pool_known = bool(snapshot.engines)
+            self.ranks = frozenset(view.rank for view in snapshot.ranks)
+
     async def _read_settings(self) -> None:
         while True:
-            with contextlib.suppress(BalancerError):
-                snapshot = await self.dispatcher.snapshot()
-                self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
-                self.policy = snapshot.settings.policy
-                self.is_pool_known = bool(snapshot.engines)
+            await self.look()
             await asyncio.sleep(_SETTINGS_S if self.is_pool_known else _RELEASE_AGAIN_S)
 
     # -- stopping

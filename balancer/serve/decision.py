@@ -120,10 +120,14 @@ async def _tokens(replica: Replica, request: Inbound, path: bytes) -> int:
 
 
 async def _place(replica: Replica, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
-    placement = await replica.bookings.place(request_id, tokens, replica.avoided())
-    found = replica.target_of(placement)
-    if found is None:
-        replica.bookings.end(request_id)
+    for _ in range(2):
+        placement = await replica.bookings.place(request_id, tokens, replica.avoided())
+        found = replica.target_of(placement)
+        if found is not None:
+            break
+        await replica.bookings.end_now(request_id)
+        await replica.bookings.look()
+    else:
         raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
     replica.metrics.policy = replica.bookings.policy
     replica.metrics.decided(placement.rank, placement.outcome.value)

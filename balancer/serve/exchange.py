@@ -177,12 +177,9 @@ class Exchange:
         lets_engine_choose = replica.options.redis_away == "engine"
         began = time.monotonic()
         self._booked = True
-        unreachable = failed
-        for _ in range(3):
+        for _ in range(2):
             try:
-                placement = await bookings.place(
-                    self._booking_id, self._counted.tokens, (*replica.avoided(), *unreachable)
-                )
+                placement = await bookings.place(self._booking_id, self._counted.tokens, (*replica.avoided(), *failed))
             except NoRank as error:
                 if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
                     return self._unplaced(failed)
@@ -190,9 +187,9 @@ class Exchange:
             found = replica.target_of(placement)
             if found is not None:
                 break
-            # A rank of an engine that this replica was not told of.
+            # A rank of an engine that this replica was not told of: see which others there are.
             await self._unbook()
-            unreachable = (*unreachable, placement.rank, *replica.ranks_of_strangers(placement))
+            await bookings.look()
         else:
             raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
         if lets_engine_choose and placement.outcome is Outcome.FALLBACK:

@@ -141,9 +141,10 @@ class RequestReader:
         return None
 
     def _read_headers(self, request: Inbound) -> None:
-        hosts, expects = 0, False
+        hosts, expects, size = 0, False, len(request.target)
         for name, value in request.headers:
             low = name.lower()
+            size += len(name) + len(value)
             if low == b"content-length":
                 request.has_body = True
                 if int(value) > self._limits.body:
@@ -156,6 +157,8 @@ class RequestReader:
                 hosts += 1
             elif low == b"expect":
                 expects = value.lower() == b"100-continue"
+        if size > self._limits.head:
+            return self.refuse(431, f"more than {self._limits.head} bytes of headers")
         if hosts > 1 or (hosts == 0 and not request.is_http_10):
             return self.refuse(400, "a request names one Host")
         if expects and not self.ready:

@@ -57,8 +57,8 @@ class Replica:
         self._by_rank = {
             rank: (target, index) for target in self.targets for index, rank in enumerate(target.engine.ranks)
         }
-        self._names = {target.engine.name for target in self.targets}
-        self._strangers: set[str] = set()
+        self._strangers: tuple[str, ...] = ()
+        self._seen_ranks: frozenset[str] = frozenset()
         self._turn = 0
         self._keys = tuple(f"Bearer {key}".encode() for key in options.api_keys)
         self.server = Server(self._answer, options.limits)
@@ -108,20 +108,25 @@ class Replica:
         """The engine that a placement means and the rank's index behind its address; None for a stranger's."""
         return self._by_rank.get(placement.rank)
 
-    def ranks_of_strangers(self, placement: Placement) -> tuple[str, ...]:
-        """Ranks known by now to belong to engines that this replica was not told of; this placement's joins them."""
-        if placement.rank not in self._strangers:
-            self._strangers.add(placement.rank)
-            log.warning("pool=%s rank=%s has no --engine here: avoided", self.settings.pool, placement.rank)
-        return tuple(self._strangers)
-
     def avoided(self) -> tuple[str, ...]:
         """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
         must not turn everybody away."""
         silent: tuple[str, ...] = ()
         if any(target.stand_in.answers for target in self.targets):
             silent = avoided(target.stand_in for target in self.targets)
-        return (*silent, *self._strangers) if self._strangers else silent
+        strangers = self._strangers_in(self.bookings.ranks)
+        return (*silent, *strangers) if strangers else silent
+
+    def _strangers_in(self, ranks: frozenset[str]) -> tuple[str, ...]:
+        """Ranks of engines that this replica was not told of."""
+        if ranks is not self._seen_ranks:
+            self._seen_ranks = ranks
+            strangers = tuple(sorted(ranks - self._by_rank.keys()))
+            if strangers and strangers != self._strangers:
+                listed = ", ".join(strangers[:8])
+                log.warning("pool=%s ranks without an --engine here are avoided: %s", self.settings.pool, listed)
+            self._strangers = strangers
+        return self._strangers
 
     def any_target(self, failed: tuple[str, ...]) -> Target:
         """An engine for a request that is not placed, in turn; raises `NoRank` where all have failed."""

@@ -25,6 +25,7 @@ HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"expect")
 )
 _OURS = HOP_BY_HOP | {b"host", b"content-length", b"x-data-parallel-rank", b"x-request-id"}
+_KEYS = frozenset((b"authorization", b"x-api-key"))
 _ANSWERS_HOPS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"upgrade"))
 _BRACE = re.compile(rb"\s*\{\s*")
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -105,7 +106,7 @@ def request_head(
     lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target, engine.address.encode())]
     for name, value in headers:
         low = name.lower()
-        if low in _OURS or low in named or (drop_authorization and low == b"authorization"):
+        if low in _OURS or low in named or (drop_authorization and low in _KEYS):
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
     for name, value in more:
