@@ -26,7 +26,9 @@ def engines() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def serve(redis_server: EmbeddedRedis, client: redis.Redis, tmp_path: Path) -> Iterator[Callable[..., Replica]]:
+def serve(
+    request: pytest.FixtureRequest, redis_server: EmbeddedRedis, client: redis.Redis, tmp_path: Path
+) -> Iterator[Callable[..., Replica]]:
     """Start a replica: `serve("http://127.0.0.1:8000", "--option", "value")`; engines first, then options."""
     with ExitStack() as stack:
 
@@ -37,7 +39,7 @@ def serve(redis_server: EmbeddedRedis, client: redis.Redis, tmp_path: Path) -> I
             return stack.enter_context(Replica(redis_server.url, engines, *options, log=log, **env))
 
         yield start
-        for log in tmp_path.glob("replica-*.log"):
+        for log in tmp_path.glob("replica-*.log") if request.config.getoption("capture") != "no" else ():
             print(f"--- {log.name}\n{log.read_text()[-6000:]}")  # pytest shows it where the test failed
 
 

@@ -140,12 +140,15 @@ def measure(pids: Sequence[int], port: int, what: Load, seconds: float) -> Measu
     answer = load(port, what.connections, seconds, what.body, what.stream, what.rate)
     spent = sum(cpu_s(pid) for pid in pids) - before
     requests = answer["requests"] * seconds / answer["seconds"] or float("nan")  # the warm-up costs CPU too
+    total, first = answer["total_us"], answer["first_us"]
+    if not answer["requests"]:  # a machine so busy that none came back in time
+        total = first = {"p50": math.nan, "p99": math.nan}
     return Measured(
         requests_per_s=answer["requests"] / answer["seconds"],
-        p50_us=answer["total_us"]["p50"],
-        p99_us=answer["total_us"]["p99"],
-        first_p50_us=answer["first_us"]["p50"],
-        first_p99_us=answer["first_us"]["p99"],
+        p50_us=total["p50"],
+        p99_us=total["p99"],
+        first_p50_us=first["p50"],
+        first_p99_us=first["p99"],
         cpu_us=1e6 * spent / requests,
         rss_mib=sum(rss_mib(pid) for pid in pids),
     )
