@@ -311,10 +311,13 @@ class Exchange:
 
     def _sink(self) -> Callable[[bytes], None]:
         """What takes the answer's pieces: a closure, for it is called for each."""
-        write, entry = self._client.transport.write, self.entry
+        transport, entry = self._client.transport, self.entry
+        write, is_closing = transport.write, transport.is_closing
         counted = self._opened if self._opened is not None and self._opened.is_counted else None
 
         def sink(data: bytes) -> None:
+            if is_closing():  # the client has gone in this loop turn: uvloop would raise
+                return
             write(data)
             entry.sent_bytes += len(data)
             self._tail = data if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]

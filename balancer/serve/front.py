@@ -188,7 +188,7 @@ class Client(asyncio.Protocol):
             self._begin()
 
     def _continue(self) -> None:
-        if self._task is None:
+        if self._task is None and not self._is_over:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # -- answering
@@ -253,9 +253,10 @@ class Client(asyncio.Protocol):
         self.transport.write(b"".join(lines))
 
     def write(self, data: bytes) -> None:
-        """Bytes of an answer, at once."""
+        """Bytes of an answer, at once; for a client that has just gone, nothing."""
         self.begun = True
-        self.transport.write(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def break_off(self) -> None:
         """An answer cannot be finished: what there is of it goes out, and the connection ends without its end."""
