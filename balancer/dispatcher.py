@@ -95,8 +95,8 @@ class Dispatcher:
             raise
 
     def snapshot(self) -> PoolSnapshot:
-        """The pool as it is now, addresses of its engines included; not for the hot path."""
-        return self._store.run(protocol.snapshot(self._placing.pool))
+        """The pool as it is now, addresses of its engines included; not for the hot path. Its loads are remembered."""
+        return self._placing.learn(self._store.run(protocol.snapshot(self._placing.pool)))
 
     def close(self) -> None:
         """Close the connections."""
@@ -163,7 +163,7 @@ class AsyncDispatcher:
 
     async def snapshot(self) -> PoolSnapshot:
         """See `Dispatcher.snapshot`."""
-        return await self._store.run(protocol.snapshot(self._placing.pool))
+        return self._placing.learn(await self._store.run(protocol.snapshot(self._placing.pool)))
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -16,7 +16,7 @@ from balancer.aftermath import Aftermath
 from balancer.breaker import Breaker
 from balancer.errors import BalancerError, NoRank, NoRankReason, Refused, StoreDenied, StoreError
 from balancer.last_known import LastKnown
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request, Scope
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, EngineState, Outcome, Placement, PoolSnapshot, Request, Scope
 from balancer.protocol import ANYWHERE, MAX_IDS_PER_RELEASE, MAX_IDS_PER_RENEW, Operation
 
 log = logging.getLogger("balancer.dispatcher")
@@ -58,6 +58,11 @@ class Placing:
         for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
             answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], scope)
         return answers
+
+    def learn(self, snapshot: PoolSnapshot) -> PoolSnapshot:
+        """Remember the loads of a snapshot, for when Redis is away; returns it."""
+        self.last_known.learn({rank.rank: rank.load_tokens for rank in snapshot.ranks if rank.state is EngineState.UP})
+        return snapshot
 
     def release(self, request_ids: Sequence[str]) -> Steps[int]:
         """End bookings; returns how many there were, 0 where Redis is away (then they are owed it)."""

@@ -24,7 +24,7 @@ reply = short and k ~= '-' and place_one(now + lease_ms, lives, within_envelope(
 if reply then return reply end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include keep_alive, end_leases, recall_silent, expire, weights, view, why_none, room, book, parameter
+--@include keep_alive, end_leases, recall_silent, expire, weights, scope, view, why_none, room, book, parameter
 --@include keep_queues, note_ordinary, least, largest, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
 local dispatcher, want_loads = unpack(ARGV, 1, 2)

@@ -2,33 +2,12 @@
 -- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
 -- sees its requests (held + in flight) and in_flight (tokens).
 local view, view_is_whole = {}, false
-local is_scoped, among, avoided = false, nil, {}
 local TURNS = 1000000
 
 -- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
 -- request's in-flight id. It is nobody's choice and the same in every replay; Lua's own random numbers are alike in all runs.
 local function turn_of(id)
   return tonumber(string.sub(id, -6))
-end
-
--- look_within: the view is of the ranks named alone, where any are, and never of those named behind a minus.
-local function look_within(named)
-  for sign, rank in string.gmatch(named, ' (%-?)(%S+)') do
-    if sign == '-' then
-      avoided[rank], is_scoped = true, true
-    else
-      among, is_scoped = among or {}, true
-      among[rank] = true
-    end
-  end
-end
-
-local function is_among(rank)
-  return not among or among[rank]
-end
-
-local function may_see(rank)
-  return is_among(rank) and not avoided[rank]
 end
 
 local function read_view(from, to)

@@ -199,14 +199,11 @@ class Program:
     def scope(self) -> Scope:
         """Some ranks to choose among, some to avoid, of which a few are not there; often none of either."""
         known = [*dict.fromkeys(rank for who in self.known[-3:] for rank in who.ranks), "stranger/0"]
-        among, avoid = (
-            [rank for rank in known if wanted and self.below(2)] for wanted in (self.below(2), self.below(2))
-        )
-        return Scope(among, avoid)
+        return Scope(*([rank for rank in known if named and self.below(2)] for named in (self.below(2), self.below(2))))
 
     def renew(self) -> Callable[[], None]:
         count = self.pick((1, 1, 3))
-        bookings = dict([(self.request_id(), self.pick((0, *self.weather.tokens))) for _ in range(count)])
+        bookings = {self.request_id(): self.pick((0, *self.weather.tokens)) for _ in range(count)}
 
         def act() -> None:
             self.log.append(f"renew {bookings}")
