@@ -6,8 +6,9 @@ unix://[user:password@]/path/of/socket[?db=0]             one server on this mac
 redis+sentinel://[user:password@]host[:port],…/name[?db=0]   the primary that these sentinels know by this name
 redis+cluster://[user:password@]host[:port],…             the node of this cluster that serves the pool's slot
 
-The last two as rediss+… too. User and password are those of Redis; sentinels are asked without. A character of theirs
-that means something in a URL stands there percent-encoded.
+The last two as rediss+… too. User and password are those of Redis; what sentinels ask for stands beside the URL only
+(`sentinel_username`, `sentinel_password`). A character of theirs that means something in a URL stands there
+percent-encoded.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Kind(Enum):
 
 
 _TLS_FILES = ("ca_file", "cert_file", "key_file")
+_SENTINEL = ("sentinel_username", "sentinel_password")
 _PORTS = {Kind.PLAIN: 6379, Kind.SENTINEL: 26379, Kind.CLUSTER: 6379}
 _SCHEMES = ("unix", *(scheme + kind.value for kind in Kind for scheme in ("redis", "rediss")))
 _URL = re.compile(r"[^:]*://(?P<netloc>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?(?:#.*)?", re.DOTALL)
@@ -52,7 +54,8 @@ class Node:
 @dataclass(frozen=True, slots=True)
 class Address:
     """A URL, read. `nodes` are those that it names: one, where `kind` is plain. `service` is the sentinels' name of the
-    primary. The files are for TLS, None where the system's authorities do and no client certificate is shown."""
+    primary, `sentinel_username` and `sentinel_password` are what they ask for. The files are for TLS, None where the
+    system's authorities do and no client certificate is shown."""
 
     kind: Kind
     nodes: tuple[Node, ...]
@@ -64,6 +67,8 @@ class Address:
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if bool(self.cert_file) != bool(self.key_file):
@@ -81,7 +86,8 @@ def redacted(text: str) -> str:
 
 
 def parse_address(url: str, **otherwise: str | None) -> Address:
-    """Read `url`; `otherwise` has username, password, ca_file, cert_file and key_file where the URL names none.
+    """Read `url`; `otherwise` has username, password, ca_file, cert_file and key_file where the URL names none, and
+    sentinel_username and sentinel_password, which are used where it names sentinels.
 
     Raises `InvalidInput` that shows the URL without its password.
     """
@@ -118,7 +124,7 @@ def _parse(url: str, otherwise: dict[str, str | None]) -> Address:
     db = found.pop("db", None) or "0"
     if not db.isdecimal() or (kind is Kind.CLUSTER and int(db)):
         raise InvalidInput(f"database {db!r} must be a whole number, and 0 in a cluster")
-    names = ("username", "password", *(_TLS_FILES if is_tls else ()))
+    names = ("username", "password", *(_TLS_FILES if is_tls else ()), *(_SENTINEL if kind is Kind.SENTINEL else ()))
     given = {name: found.get(name) or otherwise.get(name) for name in names}
     return Address(kind, nodes, service, int(db), is_tls, **given)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -34,9 +35,6 @@ if find_spec("redis.maint_notifications"):
 
     _QUIET["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
 
-TRIES_PER_BUDGET = 4
-"""A silent server may cost a connection's time-out; so many of them fit into one budget."""
-
 MOST_CONNECTIONS = 1_024
 """Most connections of one dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and an
 outage to us: beyond it it raises what it raises for a server that is gone."""
@@ -60,6 +58,11 @@ _NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "
 _TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
 
 
+_AT_ONCE = struct.pack("ii", 1, 0)
+"""SO_LINGER: a connection that is given up takes what it has not delivered with it. Otherwise the system goes on
+sending it for minutes, and a dispatch that nobody waits for would book when the network is back."""
+
+
 class Client(Protocol):
     """What we use of the driver's clients."""
 
@@ -80,7 +83,9 @@ class _Connection(redis.Connection):
             for address in _names.addresses(name, self.socket_connect_timeout or 0):
                 self.host = address
                 try:
-                    return cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
+                    found = cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+                    return found
                 except OSError as error:
                     problem = error
         finally:
@@ -111,10 +116,18 @@ class _AsyncConnection(redis.asyncio.Connection):
             self._address = address
             try:
                 await super()._connect()  # type: ignore[no-untyped-call]
+                assert self._writer
+                found = self._writer.get_extra_info("socket")
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
                 return
             except OSError as error:
                 problem = error
         raise problem
+
+    async def disconnect(self, *arguments: Any, **named: Any) -> None:
+        if self._writer is not None:  # no farewell, which over TLS would wait half a minute for its answer
+            self._writer.transport.abort()
+        await super().disconnect(*arguments, **named)
 
     def _connection_arguments(self) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {"host": self._address, "port": self.port}
@@ -158,7 +171,9 @@ class Clients(Generic[C]):
 
     def _make(self, node: Node) -> Any:
         address, options = self._address, dict(self._options)
-        if not node.is_sentinel:
+        if node.is_sentinel:
+            options.update(username=address.sentinel_username, password=address.sentinel_password)
+        else:
             options.update(db=address.db, username=address.username, password=address.password)
         if not node.port:
             return self._kind(unix_socket_path=node.host, **options)
@@ -188,7 +203,9 @@ def no_answer(settings: Settings) -> str:
 def translated(error: Exception, settings: Settings, node: Node) -> StoreError | CorruptPool:
     """The driver's, the system's or the TLS library's `error` as one of ours; `node` is who was asked."""
     text, where = str(error), f"Redis at {redacted(settings.url or '')}"
-    if str(node) not in where:
+    if node.is_sentinel:
+        where += f" (sentinel {node})"
+    elif str(node) not in where:
         where += f" (node {node})"
     if isinstance(error, _DENIED) or any(word in text for word in _DENIED_WORDS):
         return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")
@@ -207,7 +224,7 @@ def translated(error: Exception, settings: Settings, node: Node) -> StoreError |
 
 
 def _options(settings: Settings, retry: Any) -> dict[str, Any]:
-    timeout_s = settings.budget_ms / 1000 / TRIES_PER_BUDGET
+    timeout_s = settings.budget_ms / 1000 / settings.tries  # what a silent server may cost
     return {
         **_QUIET,
         "protocol": 2,

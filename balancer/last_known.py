@@ -11,6 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from balancer.model import Scope
+from balancer.protocol import ANYWHERE
+
 REFRESH_MS = 1_000
 TRUST_MS = 30_000
 
@@ -33,9 +36,13 @@ class LastKnown:
         self._turn = 0
 
     def wants_loads(self) -> bool:
-        """Whether the next dispatch should bring the loads along; True at most once per `refresh_ms`."""
+        """Whether the next dispatch should bring the loads along: once per `refresh_ms`, and while none are known.
+
+        A dispatcher that knows nothing has nothing to fall back on, so it does not wait a second after a dispatch that
+        failed, or that found the pool empty.
+        """
         now = self._clock()
-        if now - self._asked < self._refresh_s:
+        if self._ranks and now - self._asked < self._refresh_s:
             return False
         self._asked = now
         return True
@@ -55,19 +62,18 @@ class LastKnown:
             if rank in self._loads:
                 self._loads[rank] += tokens
 
-    def choose(self, tokens: int, engine: str | None = None) -> tuple[str, int] | None:
-        """A rank, of `engine` or of any, and its load as far as known, with `tokens` now added to it.
+    def choose(self, tokens: int, scope: Scope = ANYWHERE) -> tuple[str, int] | None:
+        """A rank within `scope` and its load as far as known, with `tokens` now added to it.
 
         None where no such rank was ever seen.
         """
         with self._lock:
-            ranks = [rank for rank in self._ranks if engine is None or rank.startswith(f"{engine}/")]
+            ranks = self._ranks if scope == ANYWHERE else [rank for rank in self._ranks if scope.allows(rank)]
             if not ranks:
                 return None
             # Rotating where the search begins spreads ties.
-            self._turn += 1
-            begin = self._turn % len(ranks)
-            order = ranks[begin:] + ranks[:begin]
+            self._turn = (self._turn + 1) % len(ranks)
+            order = ranks[self._turn :] + ranks[: self._turn]
             young = self._clock() - self._learned < self._trust_s
             rank = min(order, key=self._loads.__getitem__) if young else order[0]
             load = self._loads[rank]

@@ -30,6 +30,7 @@ MAX_REQUESTS_PER_DISPATCH = 256
 """Most requests in one EVAL: a script blocks the server, so a list has an end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RANK = re.compile(rf"{_NAME.pattern}/[0-9]{{1,4}}")
 _ADDRESS = re.compile(r"\S{0,256}")
 
 
@@ -54,6 +55,26 @@ def checked_count(value: int, what: str, least: int = 0, most: int = MAX_COUNT) 
     if not least <= value <= most:
         raise InvalidInput(f"{what} must be between {least} and {most}, not {shown(value)}")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The ranks (`engine/index`) that a dispatch may choose: `among` these, or any, and never one to `avoid`."""
+
+    among: Sequence[str] = ()
+    avoid: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for ranks in (self.among, self.avoid):
+            if isinstance(ranks, str) or len(ranks) > MAX_RANKS:
+                raise InvalidInput(f"a dispatch may be restricted to a list of at most {MAX_RANKS} ranks")
+            for rank in ranks:
+                if not isinstance(rank, str) or not _RANK.fullmatch(rank):
+                    raise InvalidInput(f"a rank is named ENGINE/INDEX, not {shown(rank)}")
+
+    def allows(self, rank: str) -> bool:
+        """Whether this rank may be chosen."""
+        return rank not in self.avoid and (not self.among or rank in self.among)
 
 
 def checked_request_id(request_id: str) -> str:

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from balancer import protocol
+from balancer.aftermath import Aftermath
 from balancer.breaker import Breaker
 from balancer.errors import BalancerError, NoRank, NoRankReason, Refused, StoreDenied, StoreError
 from balancer.last_known import LastKnown
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
-from balancer.protocol import MAX_IDS_PER_RELEASE, Operation
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, EngineState, Outcome, Placement, PoolSnapshot, Request, Scope
+from balancer.protocol import ANYWHERE, MAX_IDS_PER_RELEASE, MAX_IDS_PER_RENEW, Operation
 
 log = logging.getLogger("balancer.dispatcher")
 
 T = TypeVar("T")
 Steps = Generator[Operation[Any], Any, T]
+
+_EARLY: tuple[object, ...] = (NoRankReason.ALL_SILENT, NoRankReason.NOBODY_JOINED)
+"""What Redis says of engines that are well and have not been able to report."""
 
 
 @dataclass(slots=True)
@@ -39,45 +43,47 @@ class Counters:
 class Placing:
     """One dispatcher's decisions and its memory."""
 
-    def __init__(self, pool: str, name: str, breaker: Breaker, last_known: LastKnown) -> None:
+    def __init__(
+        self, pool: str, name: str, breaker: Breaker, last_known: LastKnown, aftermath: Aftermath | None = None
+    ) -> None:
         self.pool, self.name = pool, name
         self.breaker, self.last_known = breaker, last_known
+        self.aftermath = aftermath or Aftermath()
         self.counters = Counters()
         self._denied = ""  # why Redis refused us, where that is why it is away
 
-    def dispatch(self, requests: Sequence[Request], engine: str | None = None) -> Steps[list[Placement | NoRank]]:
-        """Place requests, on one `engine` or on any; answers in the order given, `NoRank` where there is no rank."""
+    def dispatch(self, requests: Sequence[Request], scope: Scope = ANYWHERE) -> Steps[list[Placement | NoRank]]:
+        """Place requests within `scope`; the answers stand in the order given, `NoRank` where there is no rank."""
         answers: list[Placement | NoRank] = []
         for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
-            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], engine)
+            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], scope)
         return answers
 
+    def learn(self, snapshot: PoolSnapshot) -> PoolSnapshot:
+        """Remember the loads of a snapshot, for when Redis is away; returns it."""
+        self.last_known.learn({rank.rank: rank.load_tokens for rank in snapshot.ranks if rank.state is EngineState.UP})
+        return snapshot
+
     def release(self, request_ids: Sequence[str]) -> Steps[int]:
-        """End bookings; returns how many there were, 0 where Redis is away (then their lease ends them)."""
+        """End bookings; returns how many there were, 0 where Redis is away (then they are owed it)."""
         released = 0
         for start in range(0, len(request_ids), MAX_IDS_PER_RELEASE):
-            if not self.breaker.admits():
+            operation = protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
+            count = (yield from self._released(operation)) if self.breaker.admits() else None
+            if count is None:
+                self.aftermath.owe(request_ids[start:])
                 break
-            try:
-                released += yield protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
-            except StoreError as error:
-                self._lost(error)
-                break
-            except Refused:
-                self._regained()
-                raise
-            self._regained()
-        self.counters.released += released
+            released += count
         return released
 
-    def renew(self, requests: Sequence[Request]) -> Steps[list[bool]]:
-        """Begin bookings' leases anew; which were, none where Redis is away."""
-        renewed: list[bool] = []
-        for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
+    def renew(self, bookings: Sequence[tuple[str, int]]) -> Steps[int]:
+        """Begin bookings' leases anew; returns how many there were, 0 where Redis is away (then they end)."""
+        renewed = 0
+        for start in range(0, len(bookings), MAX_IDS_PER_RENEW):
             if not self.breaker.admits():
                 break
             try:
-                renewed += yield protocol.renew(self.pool, requests[start : start + MAX_REQUESTS_PER_DISPATCH])
+                renewed += yield protocol.renew(self.pool, bookings[start : start + MAX_IDS_PER_RENEW])
             except StoreError as error:
                 self._lost(error)
                 break
@@ -85,37 +91,85 @@ class Placing:
                 self._regained()
                 raise
             self._regained()
-        return renewed + [False] * (len(requests) - len(renewed))
+        return renewed
 
-    def _dispatch_list(self, requests: Sequence[Request], engine: str | None) -> Steps[list[Placement | NoRank]]:
-        if not self.breaker.admits():
-            return self._fall_back(requests, engine)
-        wants_loads = self.last_known.wants_loads()
+    def _released(self, operation: Operation[int]) -> Steps[int | None]:
+        """Perform a release; None where Redis was away."""
         try:
-            answer: protocol.Dispatched = yield protocol.dispatch(self.pool, self.name, requests, wants_loads, engine)
+            count: int = yield operation
         except StoreError as error:
             self._lost(error)
-            return self._fall_back(requests, engine)
+            return None
         except Refused:
             self._regained()
             raise
         self._regained()
+        self.counters.released += count
+        return count
+
+    def _settle(self) -> Steps[None]:
+        """Release what is owed since an outage, if it is time to."""
+        if not (owed := self.aftermath.due()):
+            return
+        count = yield from self._released(protocol.release(self.pool, owed))
+        if count is not None:
+            self.aftermath.settled(owed)
+            if count:
+                log.info("pool=%s had %d bookings whose dispatch got no answer: released", self.pool, count)
+
+    def _dispatch_list(self, requests: Sequence[Request], scope: Scope) -> Steps[list[Placement | NoRank]]:
+        if not self.breaker.is_open:
+            yield from self._settle()
+        if not self.breaker.admits():
+            return self._fall_back(requests, scope)
+        wants_loads = self.last_known.wants_loads()
+        operation = protocol.dispatch(self.pool, self.name, requests, wants_loads, scope)
+        try:
+            answer: protocol.Dispatched = yield operation
+        except StoreError as error:
+            self._lost(error)
+            if not isinstance(error, StoreDenied):
+                self.aftermath.owe(request.request_id for request in requests)
+            return self._fall_back(requests, scope)
+        except Refused:
+            self._regained()
+            raise
+        except BaseException:  # the caller gave up: it learns of no placement, and so needs no booking
+            self.aftermath.owe(request.request_id for request in requests)
+            raise
+        self._regained()
+        self.aftermath.settled(request.request_id for request in requests)
         if answer.loads is not None:
             self.last_known.learn(answer.loads)
         else:
             for outcome in answer.outcomes:
                 if isinstance(outcome, Placement) and outcome.outcome is Outcome.PLACED:
                     self.last_known.add(outcome.rank, outcome.request.tokens)
-        return self._answers(requests, answer.outcomes)
+        return self._answers(requests, self._unless_early(requests, scope, answer.outcomes))
 
-    def _fall_back(self, requests: Sequence[Request], engine: str | None) -> list[Placement | NoRank]:
+    def _unless_early(
+        self, requests: Sequence[Request], scope: Scope, outcomes: Sequence[Placement | NoRankReason]
+    ) -> Sequence[Placement | NoRankReason]:
+        """The answers of Redis, and the last known loads where it is back and engines have not reported to it yet."""
+        if not self.aftermath.is_under_way:
+            return outcomes
+        return [
+            (self._last_known(request, scope) or outcome) if outcome in _EARLY else outcome
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    def _fall_back(self, requests: Sequence[Request], scope: Scope) -> list[Placement | NoRank]:
         outcomes: list[Placement | NoRankReason] = []
         for request in requests:
-            choice = self.last_known.choose(request.tokens, engine)
-            if choice is None and self._denied:
+            placement = self._last_known(request, scope)
+            if placement is None and self._denied:
                 raise StoreDenied(self._denied)
-            outcomes.append(Placement(request, *choice, Outcome.FALLBACK) if choice else NoRankReason.UNREACHABLE)
+            outcomes.append(placement or NoRankReason.UNREACHABLE)
         return self._answers(requests, outcomes)
+
+    def _last_known(self, request: Request, scope: Scope) -> Placement | None:
+        choice = self.last_known.choose(request.tokens, scope)
+        return Placement(request, *choice, Outcome.FALLBACK) if choice else None
 
     def _answers(
         self, requests: Sequence[Request], outcomes: Sequence[Placement | NoRankReason]
@@ -148,6 +202,7 @@ class Placing:
 
     def _regained(self) -> None:
         if self.breaker.succeeded():
+            self.aftermath.begin()
             log.info("pool=%s is placed by Redis again", self.pool)
 
 
@@ -171,6 +226,8 @@ def perform(steps: Steps[T], run: Callable[[Operation[Any]], Any]) -> T:
                 operation = steps.send(result)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()  # where `run` was broken off they learn of it now, not when they are collected
 
 
 async def perform_async(steps: Steps[T], run: Callable[[Operation[Any]], Awaitable[Any]]) -> T:
@@ -186,3 +243,5 @@ async def perform_async(steps: Steps[T], run: Callable[[Operation[Any]], Awaitab
                 operation = steps.send(result)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    finally:
+        steps.close()  # where `run` was broken off they learn of it now, not when they are collected

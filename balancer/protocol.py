@@ -14,6 +14,7 @@ from balancer.errors import CorruptPool, Fenced, InvalidInput, NewerSchema, NoRa
 from balancer.keys import pool_keys
 from balancer.model import (
     MAX_REQUESTS_PER_DISPATCH,
+    MAX_TOKENS,
     EngineState,
     EngineView,
     Incarnation,
@@ -25,6 +26,7 @@ from balancer.model import (
     Report,
     Reported,
     Request,
+    Scope,
     checked_count,
     checked_name,
     checked_request_id,
@@ -38,6 +40,12 @@ Reply = list[Any]
 
 MAX_IDS_PER_RELEASE = 1_000
 """Most ids in one release; the bound of `lua/lib/end_bookings.lua`."""
+
+MAX_IDS_PER_RENEW = 500
+"""Most bookings in one renewal; the bound of `lua/renew.lua`."""
+
+ANYWHERE = Scope()
+"""A dispatch may choose any eligible rank of the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +68,14 @@ class Dispatched:
 
 
 def dispatch(
-    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False, engine: str | None = None
+    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False, scope: Scope = ANYWHERE
 ) -> Operation[Dispatched]:
-    """Choose ranks for 1 to MAX_REQUESTS_PER_DISPATCH requests, on one `engine` or on any, and book them."""
+    """Choose ranks within `scope` for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
     checked_name(dispatcher, "dispatcher name")
     if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
         raise InvalidInput(f"a dispatch takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    where = "" if engine is None else checked_name(engine, "engine name")
-    arguments: list[str | int] = [dispatcher, int(want_loads), where]
+    wanted = " ".join(["1" if want_loads else "0", *scope.among, *(f"-{rank}" for rank in scope.avoid)])
+    arguments: list[str | int] = [dispatcher, wanted]
     for request in requests:
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
@@ -94,16 +102,15 @@ def release(pool: str, request_ids: Sequence[str]) -> Operation[int]:
     return Operation("release", pool_keys(pool), ids, lambda reply: int(_read(pool, reply, "released", 2)[1]))
 
 
-def renew(pool: str, requests: Sequence[Request]) -> Operation[list[bool]]:
-    """Begin the leases of 1 to MAX_REQUESTS_PER_DISPATCH bookings anew, with the tokens given; reads which."""
-    if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
-        raise InvalidInput(f"a renewal takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    arguments = tuple(part for request in requests for part in (request.in_flight_id, request.tokens))
-
-    def read(reply: Reply) -> list[bool]:
-        return [bool(int(renewed)) for renewed in _read(pool, reply, "renewed", 1 + len(requests))[1:]]
-
-    return Operation("renew", pool_keys(pool), arguments, read)
+def renew(pool: str, bookings: Sequence[tuple[str, int]]) -> Operation[int]:
+    """Renew the leases of up to MAX_IDS_PER_RENEW bookings, each a request id and the tokens that it holds now (0: as
+    booked); reads how many there were."""
+    if not 1 <= len(bookings) <= MAX_IDS_PER_RENEW:
+        raise InvalidInput(f"a renewal takes 1 to {MAX_IDS_PER_RENEW} bookings, not {len(bookings)}")
+    arguments: list[int] = []
+    for request_id, tokens in bookings:
+        arguments += (in_flight_id(checked_request_id(request_id)), checked_count(tokens, "tokens", 0, MAX_TOKENS))
+    return Operation("renew", pool_keys(pool), tuple(arguments), lambda reply: int(_read(pool, reply, "renewed", 2)[1]))
 
 
 def join(pool: str, incarnation: Incarnation) -> Operation[Incarnation]:

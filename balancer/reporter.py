@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Sequence
 
 from balancer import protocol
+from balancer.keys import pool_keys
 from balancer.model import Incarnation, RankCounts, Report, Reported
 from balancer.settings import Settings
 from balancer.store import Store
@@ -51,6 +52,14 @@ class Reporter:
         if not self._incarnation.epoch:
             self.join()
         return self._store.run(protocol.report(self._pool, self._incarnation, Report(step, counts, received)))
+
+    def engine_lease_ms(self) -> int | None:
+        """How long this pool believes an engine without a report, in ms, as configured now; None in an empty Redis.
+
+        One command and no retry, for between two reports. Raises `StoreError`.
+        """
+        found = self._store.command("HGET", pool_keys(self._pool)[0], "engine_lease_ms")
+        return None if found is None else int(found)
 
     def leave(self) -> None:
         """Remove this engine's ranks from the pool; a newer life is not touched."""

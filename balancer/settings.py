@@ -5,6 +5,8 @@ DP_BALANCER_URL              redis://[user:password@]host:port/db, rediss://…,
 DP_BALANCER_USERNAME         user, where the URL names none
 DP_BALANCER_PASSWORD         password, where the URL names none
 DP_BALANCER_PASSWORD_FILE    file with the password (its first line)
+DP_BALANCER_SENTINEL_USERNAME, DP_BALANCER_SENTINEL_PASSWORD, DP_BALANCER_SENTINEL_PASSWORD_FILE
+                             what sentinels ask for, where they ask for a password at all
 DP_BALANCER_CA_FILE          authority that signed the server's certificate (rediss), default the system's
 DP_BALANCER_CERT_FILE        our certificate, where the server asks for one
 DP_BALANCER_KEY_FILE         its key
@@ -46,9 +48,13 @@ class Settings:
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
     pool: str = "default"
     budget_ms: int = 100
     probe_ms: int = 500
+    tries: int = 4
+    """Tries that fit into one budget: a silent server costs budget_ms / tries each. 1 is one try and no retry."""
     name: str = field(default_factory=default_name)
 
     def __post_init__(self) -> None:
@@ -56,6 +62,7 @@ class Settings:
         checked_name(self.name, "dispatcher name")
         checked_count(self.budget_ms, "budget_ms", 1, 60_000)
         checked_count(self.probe_ms, "probe_ms", 1, 60_000)
+        checked_count(self.tries, "tries", 1, 16)
         if self.url is not None:
             self.checked_address()
 
@@ -63,8 +70,7 @@ class Settings:
         """The URL, read, with what stands beside it; raises `InvalidInput`."""
         if self.url is None:
             raise InvalidInput("no Redis address: set DP_BALANCER_URL, or give one (redis://host:port/0)")
-        beside = ("username", "password", "ca_file", "cert_file", "key_file")
-        return parse_address(self.url, **{name: getattr(self, name) for name in beside})
+        return parse_address(self.url, **{name: getattr(self, name) for name in _BESIDE_URL})
 
     def __repr__(self) -> str:
         url = redacted(self.url) if self.url else None
@@ -85,22 +91,21 @@ class Settings:
                     found[name] = convert(text)
                 except ValueError:
                     raise InvalidInput(f"{variable} must be a whole number, not {text!r}") from None
-        if path := environment.get("DP_BALANCER_PASSWORD_FILE"):
-            try:
-                found.setdefault("password", Path(path).read_text(encoding="utf-8").splitlines()[0].strip())
-            except (OSError, IndexError) as error:
-                raise InvalidInput(f"DP_BALANCER_PASSWORD_FILE {path!r} has no password to read: {error}") from None
+        for name in ("password", "sentinel_password"):
+            variable = f"DP_BALANCER_{name.upper()}_FILE"
+            if path := environment.get(variable):
+                try:
+                    found.setdefault(name, Path(path).read_text(encoding="utf-8").splitlines()[0].strip())
+                except (OSError, IndexError) as error:
+                    raise InvalidInput(f"{variable} {path!r} has no password to read: {error}") from None
         found.update({name: value for name, value in given.items() if value is not None})
         return cls(**found)  # type: ignore[arg-type]
 
 
+_BESIDE_URL = ("username", "password", "ca_file", "cert_file", "key_file", "sentinel_username", "sentinel_password")
 _VARIABLES = {
     "url": str,
-    "username": str,
-    "password": str,
-    "ca_file": str,
-    "cert_file": str,
-    "key_file": str,
+    **dict.fromkeys(_BESIDE_URL, str),
     "pool": str,
     "name": str,
     "budget_ms": int,

@@ -17,7 +17,7 @@ from redis import exceptions as driver
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from balancer.address import Node
-from balancer.connection import TRIES_PER_BUDGET, Client, async_clients, no_answer, sync_clients, translated
+from balancer.connection import Client, async_clients, no_answer, sync_clients, translated
 from balancer.errors import StoreUnavailable
 from balancer.protocol import Operation, Reply
 from balancer.route import Route, route_to
@@ -47,7 +47,7 @@ class Store:
 
         Raises `StoreUnavailable` when Redis does not answer in time, `StoreDenied`, or what the operation reads.
         """
-        give_up = _Budget(self.settings.budget_ms)
+        give_up = _Budget(self.settings)
         try:
             return operation.read(self._evaluate(operation))
         except StoreUnavailable:
@@ -93,7 +93,7 @@ class AsyncStore:
 
     async def run(self, operation: Operation[T]) -> T:
         """Perform `operation` within the budget; raises as `Store.run` does."""
-        give_up = _Budget(self.settings.budget_ms)
+        give_up = _Budget(self.settings)
         try:
             async with asyncio.timeout(self.settings.budget_ms / 1000):
                 try:
@@ -170,8 +170,8 @@ def _say(node: Node, words: Words) -> Conversation:
 class _Budget:
     """tenacity's `stop`: no attempt begins that could not end within the budget."""
 
-    def __init__(self, budget_ms: int) -> None:
-        self._last_start = time.monotonic() + budget_ms / 1000 * (1 - 1 / TRIES_PER_BUDGET)
+    def __init__(self, settings: Settings) -> None:
+        self._last_start = time.monotonic() + settings.budget_ms / 1000 * (1 - 1 / settings.tries)
 
     def is_spent(self, after_s: float = 0.0) -> bool:
         return time.monotonic() + after_s >= self._last_start

@@ -1,35 +1,41 @@
--- renew: bookings that their dispatcher still needs, on engines that acknowledge nothing: their leases begin anew, and each
--- counts with the tokens that its request has by now. Ids that are not booked, or whose engine has begun another life, are
--- passed over. Repeating changes nothing but the lease.
+-- renew: requests that are still open keep their bookings: their leases begin anew, and on an engine that does not count
+-- itself (no hook) their tokens become what they hold by now. Ids that are not booked, and bookings of an engine's earlier
+-- life, are passed over, so that a renewal never books; repeating it only renews the lease.
 --
 -- KEYS     the pool's, in the order of lib/keys.lua
--- ARGV     for each booking: id (63-bit decimal), tokens (1 to 2^31 - 1)
--- RETURNS  {'renewed', 1 or 0 for each} or {'newer_schema', schema}
+-- ARGV     id (63-bit decimal), tokens (0 to leave them as they are), for each booking, at most MOST_RENEWED
+-- RETURNS  {'renewed', bookings renewed} or {'newer_schema', schema}
 --@include keys, check_types, newer_schema, now_ms, decimal, ordinary, queues, booking, add_in_flight
+local MOST_RENEWED = 500
+
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()
-local now = now_ms()
-local from = read_ordinary()
-if from and now < from then withdraw_ordinary() end
+local lease_ms = call('HGET', pool, 'booking_lease_ms')
+if not lease_ms or #ARGV == 0 or #ARGV > 2 * MOST_RENEWED then return {'renewed', 0} end
 
-local ids, reply, records, timed, tokens, count = {}, {'renewed'}, {}, {}, {}, {}
+local now, from = now_ms(), read_ordinary()
+if from and now < from then withdraw_ordinary() end
+local ids = {}
 for at = 1, #ARGV, 2 do ids[#ids + 1] = ARGV[at] end
-local found, seen = call('HMGET', bookings, unpack(ids)), {}
-local lease_ms = call('HGET', pool, 'booking_lease_ms')  -- none: there is no pool
-for i, id in ipairs(ids) do
+local deadline = decimal(now + lease_ms)
+local timed, changed, tokens, count, seen = {}, {}, {}, {}, {}
+for i, record in ipairs(call('HMGET', bookings, unpack(ids))) do
   local rank, booked, counts
-  if found[i] and lease_ms then rank, booked, counts = read_booking(seen[id] or found[i]) end
+  if record and not seen[ids[i]] then rank, booked, counts = read_booking(record) end
   if counts then
-    seen[id] = string.gsub(seen[id] or found[i], ' %d+', ' ' .. ARGV[2 * i], 1)
-    records[#records + 1], records[#records + 2] = id, seen[id]
-    timed[#timed + 1], timed[#timed + 2] = decimal(now + lease_ms), id
-    tokens[rank], count[rank] = (tokens[rank] or 0) + ARGV[2 * i] - booked, 0
+    local now_held = tonumber(ARGV[2 * i])
+    seen[ids[i]] = true
+    timed[#timed + 1], timed[#timed + 2] = deadline, ids[i]
+    if now_held > 0 and now_held ~= booked then
+      changed[#changed + 1] = ids[i]
+      changed[#changed + 1] = string.gsub(record, '^(%S+) %d+ ', '%1 ' .. decimal(now_held) .. ' ', 1)
+      tokens[rank], count[rank] = (tokens[rank] or 0) + now_held - booked, 0
+    end
   end
-  reply[i + 1] = counts and 1 or 0
 end
-if #records == 0 then return reply end
+if #timed == 0 then return {'renewed', 0} end
 add_in_flight(tokens, count)
-call('ZADD', deadlines, unpack(timed))
-call('HSET', bookings, unpack(records))
-return reply
+if #changed > 0 then call('HSET', bookings, unpack(changed)) end
+call('ZADD', deadlines, 'XX', unpack(timed))
+return {'renewed', #timed / 2}

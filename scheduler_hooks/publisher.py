@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from balancer import Fenced, InvalidInput, RankCounts, Refused, Reporter, StoreDenied, StoreError
@@ -30,7 +31,7 @@ log = logging.getLogger("scheduler_hooks")
 
 HEARTBEAT_S = 1.0
 """Seconds without a step after which the last report is repeated, and the longest pause between two tries while Redis
-is away. To be at most a quarter of the pool's engine lease (5 s by default)."""
+is away. Where a third of the pool's engine lease (5 s by default) is less, that."""
 
 MAX_UNSENT_IDS = 65_536
 """Most received ids kept for Redis' return."""
@@ -41,6 +42,7 @@ REPORT_BUDGET_MS = 2_000
 CLOSE_S = 1.0
 """How long `close` waits for the engine to be out of the pool."""
 
+_REPORTS_PER_LEASE = 3
 _FIRST_PAUSE_S = 0.02
 _SLOW_HEARTBEATS = 5
 """Heartbeats between two tries of what a person has to set right (password, schema, foreign keys)."""
@@ -77,6 +79,7 @@ class Publisher:
         self._reporter = reporter
         self._name = reporter.incarnation.name
         self._heartbeat_s = checked_heartbeat(heartbeat_s)
+        self._pulse_s = self._heartbeat_s  # the same, or less where the pool's lease is short
         self._mailbox = Mailbox(most_unsent_ids)
         self._most_unsent_ids = most_unsent_ids
         self._step = 0
@@ -136,20 +139,29 @@ class Publisher:
 
     def _run(self) -> None:
         pause_s = self._publish()
+        self._follow_lease()
         while not self._closing.wait(pause_s):
-            if pause_s:
-                self._take(0)
-            else:
-                self._take(self._heartbeat_s)
+            has_news = self._take(0 if pause_s else self._pulse_s)
             if self._closing.is_set():
                 break
             pause_s = self._publish()
+            if not has_news:
+                self._follow_lease()
         self._leave()
 
-    def _take(self, timeout_s: float) -> None:
+    def _follow_lease(self) -> None:
+        """Learn what the pool's lease is now. Only when no step came, for a step's report renews the lease itself."""
+        if self._is_silent or self._trouble is not None:
+            return
+        with suppress(Exception):  # the next heartbeat asks again
+            lease_ms = self._reporter.engine_lease_ms()
+            if lease_ms:
+                self._pulse_s = min(self._heartbeat_s, lease_ms / 1000 / _REPORTS_PER_LEASE)
+
+    def _take(self, timeout_s: float) -> bool:
         news = self._mailbox.take(timeout_s)
         if news is None:
-            return
+            return False
         self.counters.coalesced += news.puts - 1 + (not self._is_sent)
         dropped = news.dropped_ids + max(0, len(self._unsent) + len(news.received) - self._most_unsent_ids)
         if dropped and not self.counters.dropped_ids:
@@ -159,6 +171,7 @@ class Publisher:
         self.counters.dropped_ids += dropped
         self._step, self._counts, self._is_sent = news.step, news.counts, False
         self._unsent.extend(news.received)
+        return True
 
     def _publish(self) -> float:
         """Report once; returns how many seconds to pause now."""

@@ -7,13 +7,27 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from balancer import settings
-from balancer.cli import configure, demo, doctor, drain, policy, redis_server, replay, script, simulate, status, version
+from balancer.cli import (
+    configure,
+    demo,
+    doctor,
+    drain,
+    policy,
+    redis_server,
+    replay,
+    script,
+    serve,
+    simulate,
+    status,
+    version,
+)
 from balancer.cli.exits import MEANINGS
 from balancer.cli.verb import Verb
 from balancer.errors import InvalidInput
 
 VERBS: tuple[Verb, ...] = (
     demo.VERB,
+    serve.VERB,
     status.VERB,
     drain.DRAIN,
     drain.UNDRAIN,

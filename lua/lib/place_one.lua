@@ -8,7 +8,7 @@ end
 
 local function place_one(deadline, lives, rank, load, index)
   if not rank then return end
-  local dispatcher, _, _, id, tokens, request_id = unpack(ARGV)
+  local dispatcher, _, id, tokens, request_id = unpack(ARGV)
   local record = rank .. ' ' .. tokens .. ' ' .. lives .. ' ' .. dispatcher .. ' ' .. request_id
   if call('HSETNX', bookings, id, record) == 0 then return end
 

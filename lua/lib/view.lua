@@ -1,23 +1,13 @@
 -- view: what a policy sees. `view` lists ranks by load, the least loaded first and equals by name, and stays in order as
 -- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
 -- sees its requests (held + in flight) and in_flight (tokens).
-local view, view_is_whole, only = {}, false, nil
+local view, view_is_whole = {}, false
 local TURNS = 1000000
 
 -- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
 -- request's in-flight id. It is nobody's choice and the same in every replay; Lua's own random numbers are alike in all runs.
 local function turn_of(id)
   return tonumber(string.sub(id, -6))
-end
-
--- look_only_at: the view is of this engine's ranks alone; empty: of all the pool's.
-local function look_only_at(engine)
-  only = engine ~= '' and engine or nil
-end
-
--- may_see: whether a rank, or an engine's name, belongs to what the view is of.
-local function may_see(name)
-  return not only or string.match(name, '^[^/]+') == only
 end
 
 local function read_view(from, to)
@@ -58,7 +48,7 @@ end
 
 -- sees_none: whether there is nothing to choose from.
 local function sees_none()
-  if not only then return call('EXISTS', loads) == 0 end
+  if not is_scoped then return call('EXISTS', loads) == 0 end
   look_at_all()
   return #view == 0
 end

@@ -1,9 +1,13 @@
--- why_none: the reason for which no rank may be chosen. Linear in the engines.
+-- why_none: the reason for which no rank may be chosen. Linear in the engines, or, where
+-- a dispatch names ranks, in the ranks.
 local function why_none()
   local reason = 'nobody_joined'
   for _, name in ipairs(call('HKEYS', engines)) do
-    if may_see(name) then
-      if read_engine(name).state == 'up' then return 'all_draining' end
+    local engine = read_engine(name)
+    local is_theirs = not among
+    for _, rank in ipairs(among and ranks_of(engine) or {}) do is_theirs = is_theirs or is_among(rank) end
+    if is_theirs then
+      if engine.state == 'up' then return 'all_draining' end
       reason = 'all_silent'
     end
   end
@@ -13,7 +17,7 @@ end
 -- no_pool: the whole reply of a dispatch to a pool that nobody has opened. Nothing is written.
 local function no_pool()
   local reply = {'dispatched', 0}
-  for _ = 4, #ARGV, 3 do
+  for _ = 3, #ARGV, 3 do
     for _, field in ipairs({'no_rank', 'nobody_joined', '0'}) do reply[#reply + 1] = field end
   end
   return reply

@@ -26,7 +26,7 @@ local function fitting(tokens, mean, reach, waiting)
 end
 
 local function within_envelope(k, sums, largest)
-  local tokens = tonumber(ARGV[5])
+  local tokens = tonumber(ARGV[4])
   local all, count, ranks, fewest = read_queue_sums(sums)
   if not ranks or ranks == 0 then return end
   largest = math.max(tokens, (tonumber(largest) or 0) * DECAY)

@@ -2,7 +2,7 @@
 -- counts that are never old. Reads as many ranks as there are requests, whatever the size of the pool; where ranks weigh
 -- unequally, all.
 local function minimum_tokens(batch)
-  if not is_weighed and not only then
+  if not is_weighed and not is_scoped then
     look_at_least(#batch, batch[1].turn)
     return function() return 1 end
   end

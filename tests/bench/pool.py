@@ -29,8 +29,8 @@ DISPATCHER = "router-7d9f8b6c4d-x2x9q-12"
 AT_ONCE = 32
 """Commands under way at a time, as from 32 connections."""
 
-FIRST_ID = 3 + len(KEY_NAMES) + 3
-"""Where in a dispatch's command the first id stands, after EVALSHA, the keys, dispatcher, want_loads and engine."""
+FIRST_ID = 3 + len(KEY_NAMES) + 2
+"""Where in a dispatch's command the first id stands, after EVALSHA, the keys, the dispatcher and want_loads."""
 
 _NEVER_MS = 7 * 24 * 3_600_000
 _END = b"$3\r\nEND\r\n"

@@ -10,9 +10,9 @@ BOOKING_ONLY = """
 -- What any exact dispatch must write, and nothing else: the booking, its deadline, the two counts of one fixed rank.
 local time = redis.call('TIME')
 local deadline = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000) + 604800000)
-redis.call('HSET', KEYS[9], ARGV[4], 'RANK ' .. ARGV[5] .. ' 1790000000000 ' .. ARGV[1] .. ' ' .. ARGV[6])
-redis.call('ZADD', KEYS[10], deadline, ARGV[4])
-redis.call('HINCRBY', KEYS[7], 'RANK', ARGV[5])
+redis.call('HSET', KEYS[9], ARGV[3], 'RANK ' .. ARGV[4] .. ' 1790000000000 ' .. ARGV[1] .. ' ' .. ARGV[5])
+redis.call('ZADD', KEYS[10], deadline, ARGV[3])
+redis.call('HINCRBY', KEYS[7], 'RANK', ARGV[4])
 redis.call('HINCRBY', KEYS[8], 'RANK', '1')
 return 'RANK'
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pytest_docker.plugin import get_docker_services
 
-from tests.integration.stack import DOCKER, Stack
+from tests.integration.stack import DOCKER, Images, Stack
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -69,17 +69,19 @@ def figures() -> Iterator[Figures]:
 
 
 @pytest.fixture(scope="session")
-def images() -> str:
-    """The tag of this tree's images, built."""
-    os.environ["DPB_TAG"] = "test"
+def images() -> Iterator[Images]:
+    """This tree's images, built, under a tag of this run's own: another checkout may be tested beside it."""
+    images = Images(f"test-{os.getpid()}")
+    os.environ["DPB_TAG"] = images.tag
     build = ["docker", "compose", "-f", str(DOCKER / "compose.yml"), "build", "--quiet"]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return "test"
+    yield images
+    subprocess.run(["docker", "image", "rm", *images.all], capture_output=True)  # layers stay, in the build's cache
 
 
 @pytest.fixture(scope="session")
-def up(images: str, tmp_path_factory: pytest.TempPathFactory) -> Up:
+def up(images: Images) -> Up:
     """Bring a project up: `with up("tls", "compose.tls.yml") as stack:`."""
 
     @contextmanager

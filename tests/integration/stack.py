@@ -14,6 +14,8 @@ from typing import Any
 
 import redis
 from pytest_docker.plugin import Services
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from balancer import PoolAdmin, Settings
 from tests.integration.look import Watch
@@ -25,6 +27,25 @@ PATIENT = {"DP_BALANCER_BUDGET_MS": "2000"}
 ENGINE_LEASE_MS = 2_500
 BOOKING_LEASE_MS = 7_000
 _READY_WITHIN_S = 30.0
+
+
+class Images:
+    """Images of one run of the tests: those of the tree and what is made of them."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.all = [self.of(target) for target in ("dispatcher", "engine")]
+
+    def of(self, target: str) -> str:
+        """The tree's image of that target."""
+        return f"dp-balancer-{target}:{self.tag}"
+
+    def build(self, name: str, *options: str) -> str:
+        """Build another one; returns its tag."""
+        tag = f"dpb-{name}:{self.tag}"
+        docker("build", "--quiet", "-t", tag, *options)
+        self.all.append(tag)
+        return tag
 
 
 class TrafficRun:
@@ -125,12 +146,13 @@ class Stack:
 
     def settings(self, user: str, budget_ms: int = 1_000) -> Settings:
         """Settings for a user, from this machine."""
-        return Settings(self.url(), user, self.password(user), pool=POOL, budget_ms=budget_ms)
+        url = self.url()
+        asked = self.password("sentinels") if "+sentinel" in url else None
+        return Settings(url, user, self.password(user), sentinel_password=asked, pool=POOL, budget_ms=budget_ms)
 
     def client(self, user: str, service: str = "redis") -> redis.Redis:
         """A plain client of a user, from this machine."""
-        host = self.address(self.container(service))
-        return redis.Redis(host, username=user, password=self.password(user), protocol=2, socket_timeout=5)
+        return plain_client(self.address(self.container(service)), username=user, password=self.password(user))
 
     def admin(self, service: str = "redis") -> redis.Redis:
         """A plain client of the one user that may do anything."""
@@ -212,6 +234,11 @@ class Stack:
         pid = docker("inspect", "-f", "{{.State.Pid}}", container)
         as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
         subprocess.run([*as_root, "nsenter", "-t", pid, "-n", *command], check=True, capture_output=True)
+
+
+def plain_client(host: str, **credentials: str) -> redis.Redis:
+    """The driver's client without its patience: it tries again what was refused, for seconds."""
+    return redis.Redis(host, protocol=2, socket_timeout=5, retry=Retry(NoBackoff(), 0), **credentials)  # type: ignore[arg-type]
 
 
 def docker(*words: str) -> str:

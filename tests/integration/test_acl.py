@@ -10,7 +10,7 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from balancer import PoolAdmin
-from tests.integration.stack import Stack, docker
+from tests.integration.stack import Stack, docker, plain_client
 
 KEY = "dpb:{demo}:holding"
 FORBIDDEN = f"""
@@ -53,7 +53,7 @@ def test_a_reader_looks_and_changes_nothing(plain: Stack) -> None:
 
 
 def test_nobody_gets_in_without_a_password(plain: Stack) -> None:
-    with redis.Redis(plain.address(plain.container("redis")), protocol=2) as client:
+    with plain_client(plain.address(plain.container("redis"))) as client:
         for words in ("PING", "INFO"), ("AUTH", "default", ""), ("AUTH", ""):
             with pytest.raises(redis.AuthenticationError):
                 client.execute_command(*words)
@@ -88,7 +88,7 @@ def test_no_log_holds_a_secret(plain: Stack) -> None:
     text = "".join(log.stdout + log.stderr for log in logs)
     inspected = docker("inspect", *containers)
     assert len(text) > 1_000
-    for user in ("admin", "dispatcher", "hook", "reader", "replica", "sentinel"):
+    for user in ("admin", "dispatcher", "hook", "reader", "replica", "sentinel", "sentinels"):
         assert plain.password(user) not in text
         assert plain.password(user) not in inspected
 

@@ -6,10 +6,10 @@ import json
 import subprocess
 
 from tests.integration.conftest import Figures, Up
-from tests.integration.stack import docker, wait_until
+from tests.integration.stack import Images, docker, wait_until
 
 
-def test_it_works_as_it_stands(up: Up, figures: Figures) -> None:
+def test_it_works_as_it_stands(up: Up, images: Images, figures: Figures) -> None:
     with up("shipped", told=False) as stack:
         services = ("redis", "engine", "dispatcher")
         states = {name: json.loads(docker("inspect", stack.container(name)))[0] for name in services}
@@ -30,7 +30,7 @@ def test_it_works_as_it_stands(up: Up, figures: Figures) -> None:
         shown = docker("exec", stack.container("dispatcher"), "balancer", "status", "demo")
         assert shown.count("mock-0/") >= 4
         sizes = {
-            target: int(docker("image", "inspect", "-f", "{{.Size}}", f"dp-balancer-{target}:test"))
+            target: int(docker("image", "inspect", "-f", "{{.Size}}", images.of(target)))
             for target in ("dispatcher", "engine")
         }
         base = int(docker("image", "inspect", "-f", "{{.Size}}", "python:3.11-slim-bookworm"))

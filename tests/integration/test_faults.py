@@ -17,6 +17,11 @@ PROBE_MS = 500
 """How often a dispatcher tries Redis while it is away."""
 BACK_MS = PROBE_MS + 1_500
 """By when a dispatcher is to have Redis again, two crowded cores allowed for."""
+FEW = 0.1
+"""Share of requests that crowded cores may make a dispatcher fall back for: one late answer is 15 of them, until its
+next probe."""
+SETTLED_S = 4.0
+"""By when after a fault dispatchers that are asked have released what was booked without their knowing."""
 
 
 @contextmanager
@@ -47,9 +52,8 @@ def _answers(stack: Stack) -> bool:
 def test_a_restarted_redis_costs_its_absence_and_no_request(plain: Stack, figures: Figures, with_data: bool) -> None:
     endured = endure(plain, restarted(plain, with_data), HOLD_S, after_s=3.0)
     figures(f"Redis killed, {HOLD_S:g} s away, back {'with' if with_data else 'without'} its data", str(endured))
-    # Back after the engine's lease, or empty, Redis knows of no engine that is up until its next report.
-    unknown = endured.sum("no_rank", "all_silent") + endured.sum("no_rank", "nobody_joined")
-    assert unknown == endured.asked - endured.sum("ends", "finished")
+    # Back after the engine's lease, or empty, Redis knows of no engine until its next report; nobody is refused for it.
+    assert endured.sum("ends", "finished") == endured.asked
     assert endured.sum("answers", "fallback") > 0
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
     assert endured.recovery_ms <= BACK_MS
@@ -58,7 +62,7 @@ def test_a_restarted_redis_costs_its_absence_and_no_request(plain: Stack, figure
 def test_a_paused_redis_costs_one_budget_per_probe(plain: Stack, figures: Figures) -> None:
     endured = endure(plain, plain.paused("redis"), HOLD_S)
     figures(f"Redis paused for {HOLD_S:g} s", str(endured))
-    assert endured.sum("no_rank", "all_silent") == endured.asked - endured.sum("ends", "finished")
+    assert endured.sum("ends", "finished") == endured.asked
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
     assert endured.recovery_ms <= BACK_MS
 
@@ -70,12 +74,12 @@ def test_a_dispatcher_cut_off_falls_back_and_the_others_do_not(
     plain: Stack, figures: Figures, chains: tuple[str, ...]
 ) -> None:
     cut_off = plain.dispatchers[0]
-    endured = endure(plain, plain.cut(cut_off, plain.container("redis"), *chains), HOLD_S)
+    endured = endure(plain, plain.cut(cut_off, plain.container("redis"), *chains), HOLD_S, SETTLED_S)
     way = {1: f"{chains[0].lower()} only", 2: "both ways"}[len(chains)]
     figures(f"One dispatcher cut off from Redis for {HOLD_S:g} s, {way}", str(endured))
     first, *others = endured.counted
     assert first["answers"]["fallback"] > 0
-    assert all(one["answers"].get("fallback", 0) == 0 for one in others)
+    assert all(one["answers"].get("fallback", 0) <= FEW * one["asked"] for one in others)
     assert endured.sum("ends", "finished") == endured.asked
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS
     assert endured.recovery_ms <= BACK_MS
@@ -95,11 +99,11 @@ def test_an_engine_cut_off_from_redis_is_believed_for_its_lease(
     figures(f"The engine cut off from Redis for {hold_s:g} s, {way} (lease {ENGINE_LEASE_MS / 1000:g} s)", str(endured))
     # Its lease over, the pool says so; the engine goes on with what it has, and reports it when it can again.
     assert endured.sum("no_rank", "all_silent") == endured.asked - endured.sum("ends", "finished") > 0
-    assert endured.sum("answers", "fallback") == 0
+    assert endured.sum("answers", "fallback") <= FEW * endured.asked
 
 
 def test_redis_without_a_network_costs_its_absence_and_no_request(plain: Stack, figures: Figures) -> None:
-    endured = endure(plain, plain.disconnected("redis"), HOLD_S, after_s=3.0)
+    endured = endure(plain, plain.disconnected("redis"), HOLD_S, SETTLED_S)
     figures(f"Redis without its network for {HOLD_S:g} s (engine and all dispatchers)", str(endured))
     assert endured.sum("answers", "failed") == 0
     assert endured.slowest_ms <= BUDGET_MS + SLACK_MS

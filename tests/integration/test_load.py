@@ -13,7 +13,7 @@ import pytest
 from balancer.workload import generate
 from tests.integration.booker import Booker
 from tests.integration.conftest import ROOT, Figures
-from tests.integration.stack import DOCKER, PATIENT, Stack, added, booked, docker, wait_until
+from tests.integration.stack import DOCKER, PATIENT, Images, Stack, added, booked, docker, wait_until
 
 PER_DISPATCHER = 800
 
@@ -117,25 +117,28 @@ def test_scripts_flushed_under_load_cost_a_round_trip(plain: Stack, figures: Fig
 
 
 @pytest.fixture(scope="module")
-def earlier(images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The commit that this tree follows, and an image of it: HEAD where the tree has changes, else the one before."""
+def earlier(images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The last commit whose library differs from this tree's (HEAD, in a clone without more), and an image of it."""
 
     def git(*words: str) -> bytes:
         return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True).stdout
 
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "balancer", "lua"], cwd=ROOT).returncode
-    has_parent = subprocess.run(["git", "cat-file", "-e", "HEAD~1:balancer"], cwd=ROOT, capture_output=True)
-    commit = "HEAD" if changed or has_parent.returncode else "HEAD~1"
+    library = ("balancer", "lua")
+    commit = "HEAD"
+    if not subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *library], cwd=ROOT).returncode:
+        changed = git("log", "-1", "--format=%H", "--", *library).decode().strip()
+        before = subprocess.run(["git", "cat-file", "-e", f"{changed}~1:balancer"], cwd=ROOT, capture_output=True)
+        commit = "HEAD" if before.returncode else f"{changed}~1"
     context = tmp_path_factory.mktemp("earlier")
     subprocess.run(["tar", "-x", "-C", str(context)], input=git("archive", commit), check=True)
-    dockerfile = str(DOCKER / "Dockerfile")
-    docker("build", "--quiet", "-f", dockerfile, "--target", "dispatcher", "-t", "dpb-earlier:test", str(context))
-    return git("rev-parse", "--short", commit).decode().strip()
+    tag = images.build("earlier", "-f", str(DOCKER / "Dockerfile"), "--target", "dispatcher", str(context))
+    return git("rev-parse", "--short", commit).decode().strip(), tag
 
 
 def test_a_dispatcher_of_an_earlier_commit_works_beside_the_current_one(
-    patient: Stack, figures: Figures, earlier: str
+    patient: Stack, figures: Figures, earlier: tuple[str, str]
 ) -> None:
+    commit, image = earlier
     name = f"{patient.project}-earlier"
     current = patient.dispatchers[0]
     volume = f"{patient.project}_secrets-dispatcher:/run/secret:ro"
@@ -143,22 +146,23 @@ def test_a_dispatcher_of_an_earlier_commit_works_beside_the_current_one(
     environment = [word for line in settings if line.startswith("DP_BALANCER_") for word in ("-e", line)]
     network = f"{patient.project}_pool"
     docker("run", "-d", "--rm", "--init", "--name", name, "--network", network, "-v", volume, *environment,
-           "dpb-earlier:test", "sleep", "infinity")  # fmt: skip
+           image, "sleep", "infinity")  # fmt: skip
     bookers = []
     try:
         bookers = [Booker(patient, container) for container in (name, current)]
-        book_through(bookers, patient, figures, f"A dispatcher of commit {earlier} beside this tree's")
+        book_through(bookers, patient, figures, f"A dispatcher of commit {commit} beside this tree's")
     finally:
         for booker in bookers:
             booker.end()
         docker("rm", "-f", name)
 
 
-def test_clocks_minutes_apart_change_nothing(plain: Stack, figures: Figures) -> None:
-    clocks = str(Path(__file__).with_name("clocks.Dockerfile"))
-    for target in ("dispatcher", "engine"):
-        of, tag = f"OF=dp-balancer-{target}:test", f"dpb-clocks-{target}:test"
-        docker("build", "--quiet", "-f", clocks, "--build-arg", of, "-t", tag, str(DOCKER / "tls"))
+def test_clocks_minutes_apart_change_nothing(plain: Stack, figures: Figures, images: Images) -> None:
+    clocks = ("-f", str(Path(__file__).with_name("clocks.Dockerfile")), str(DOCKER / "tls"))
+    tags = {
+        target: images.build(f"clocks-{target}", "--build-arg", f"OF={images.of(target)}", *clocks)
+        for target in ("dispatcher", "engine")
+    }
     late, early = f"{plain.project}-late", f"{plain.project}-early"
     shown = {}
     try:
@@ -174,7 +178,7 @@ def test_clocks_minutes_apart_change_nothing(plain: Stack, figures: Figures) -> 
                 command = ["python", "-m", "scheduler_hooks.mock_engine", "--engine", "early", "--pool", "clocks"]
                 command += ["--form", "leader", "--ranks", "4", "--host", early, "--port", "30000", "--speed", "10"]
             docker("run", "-d", "--rm", "--name", name, "--network", f"{plain.project}_pool", "-v", volume,
-                   "-e", f"SHIFT={shift}", *settings, f"dpb-clocks-{target}:test", *command)  # fmt: skip
+                   "-e", f"SHIFT={shift}", *settings, tags[target], *command)  # fmt: skip
             shown[target] = int(
                 docker("exec", name, "/shifted", "python", "-c", "import time; print(int(time.time()))")
             )

@@ -10,6 +10,7 @@ from tests.integration.conftest import Figures, Up
 from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
 from tests.integration.failover import bookings_through
 from tests.integration.stack import Stack, wait_until
+from tests.integration.test_acl import status
 
 FAILOVER_MS = 15_000
 URL = "redis+sentinel://{sentinel-1}:26379,{sentinel-2}:26379,{sentinel-3}:26379/dpb"
@@ -40,6 +41,16 @@ def primary(stack: Stack) -> str:
 
     wait_until(settled, "one primary with two replicas", within_s=40)
     return settled()[0]
+
+
+def test_sentinels_tell_nobody_without_their_password(stack: Stack) -> None:
+    for wrong in ("", "correct-horse-battery"):
+        shown = status(stack, DP_BALANCER_SENTINEL_PASSWORD=wrong, DP_BALANCER_SENTINEL_PASSWORD_FILE="")
+        assert shown.returncode not in (0, 1)
+        assert "(sentinel sentinel-1:26379) refuses us" in shown.stderr
+        assert stack.password("sentinels") not in shown.stdout + shown.stderr
+        assert not wrong or wrong not in shown.stdout + shown.stderr
+    assert status(stack).returncode in (0, 1)
 
 
 def test_a_killed_primary_costs_one_failover_and_no_request(stack: Stack, figures: Figures) -> None:

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from balancer.model import Incarnation, Request
+from balancer.model import Incarnation, Scope
+from balancer.protocol import ANYWHERE
 
 DEFAULTS = {
     "policy": "minimum_tokens",
@@ -79,13 +80,13 @@ class Oracle:
                 requests[booking.rank] += 1
         return tokens, requests
 
-    def loads(self, engine: str | None = None) -> dict[str, int]:
-        """Every eligible rank, of one engine or of any, with its load."""
+    def loads(self, scope: Scope = ANYWHERE) -> dict[str, int]:
+        """Every eligible rank within `scope`, with its load."""
         tokens, _ = self.in_flight()
         return {
             rank: self.held[rank][0] + tokens[rank]
             for rank, life in self.life_of.items()
-            if not life.silent and rank not in life.draining and engine in (None, life.who.engine)
+            if not life.silent and rank not in life.draining and scope.allows(rank)
         }
 
     def queues(self) -> dict[str, tuple[int, int]]:
@@ -99,15 +100,15 @@ class Oracle:
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
 
-    def why_none(self, engine: str | None) -> str:
-        lives = [life for life in self.lives.values() if engine in (None, life.who.engine)]
+    def why_none(self, scope: Scope) -> str:
+        lives = [life for life in self.lives.values() if not scope.among or {*life.who.ranks} & {*scope.among}]
         if not lives:
             return "nobody_joined"
         return "all_silent" if all(life.silent for life in lives) else "all_draining"
 
-    def allowed(self, tokens: int, engine: str | None) -> set[str]:
-        """The ranks (of one engine, or any) on which the next request may be placed; empty where it fits on none."""
-        loads = self.loads(engine)
+    def allowed(self, tokens: int, scope: Scope) -> set[str]:
+        """The ranks within `scope` on which the next request may be placed; empty where it fits on none."""
+        loads = self.loads(scope)
         limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
         roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
         in_turn = sorted(loads)[self.turn % len(loads)]
@@ -163,13 +164,8 @@ class Oracle:
         if not self.settings or not self.is_booked(id_):
             return False
         booking = self.bookings[id_]
-        booking.tokens, booking.deadline = tokens, now + self.ms("booking_lease_ms")
+        booking.tokens, booking.deadline = tokens or booking.tokens, now + self.ms("booking_lease_ms")
         return True
-
-    def elsewhere(self, requests: Iterable[Request], engine: str | None) -> list[str]:
-        """Ids of the requests that are booked on another engine than the one they are asked for."""
-        ids = [str(request.in_flight_id) for request in requests if engine]
-        return [id_ for id_ in ids if self.is_booked(id_) and self.bookings[id_].life.who.engine != engine]
 
     def end(self, ids: Iterable[str]) -> int:
         return sum(self.bookings.pop(id_, None) is not None for id_ in ids)

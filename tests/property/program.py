@@ -17,7 +17,7 @@ import orjson
 from balancer import protocol, scripts
 from balancer.errors import Fenced, InvalidInput, NoRankReason, WrongSize
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, Reported, Request, in_flight_id
+from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, Reported, Request, Scope, in_flight_id
 from balancer.policies import policies
 from balancer.protocol import Operation
 from tests.clock import BEGINNING_MS, CLOCK_KEY, script_with_test_clock
@@ -130,11 +130,11 @@ class Program:
         count = self.pick(self.weather.list_lengths)
         requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
         want_loads, name = not self.below(self.weather.loads_wanted_one_in), f"d{self.below(3)}"
-        engine = self.pick("abc") if not self.below(8) else None
+        scope = self.scope() if not self.below(self.weather.restricted_one_in) else protocol.ANYWHERE
 
         def act() -> None:
-            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} on {engine or 'any'}")
-            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, engine))
+            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} {scope}")
+            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, scope))
             assert answer
             if not self.oracle.settings:
                 assert set(answer.outcomes) == {NoRankReason.NOBODY_JOINED}
@@ -142,10 +142,9 @@ class Program:
             self.oracle.end_leases(self.now, 16 + len(requests))
             self.oracle.recall(self.now)
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
-            self.oracle.end(self.oracle.elsewhere(requests, engine))
             seen: dict[str, str] = {}
             for request, outcome in _in_order_of_placing(requests, answer.outcomes):
-                self._check_outcome(name, request, outcome, seen, engine)
+                self._check_outcome(name, request, outcome, seen, scope)
                 assert not isinstance(outcome, Placement) or outcome.stale == is_stale
             assert answer.loads == (self.oracle.loads() if want_loads else None)
             self.check()
@@ -159,7 +158,7 @@ class Program:
         request: Request,
         outcome: Placement | NoRankReason,
         seen: dict[str, str],
-        engine: str | None,
+        scope: Scope,
     ) -> None:
         oracle, id_ = self.oracle, str(request.in_flight_id)
         if oracle.is_booked(id_):
@@ -169,12 +168,12 @@ class Program:
             booking.deadline = self.now + oracle.ms("booking_lease_ms")
         elif id_ in seen:
             assert outcome == seen[id_], f"{request.request_id} was {seen[id_]} in the same list"
-        elif not oracle.loads(engine):
-            assert outcome == oracle.why_none(engine)
+        elif not oracle.loads(scope):
+            assert outcome == oracle.why_none(scope)
             seen[id_] = outcome
         else:
             oracle.turn += oracle.settings["policy"] == "round_robin"
-            allowed = oracle.allowed(request.tokens, engine)
+            allowed = oracle.allowed(request.tokens, scope)
             if not allowed:
                 assert outcome == NoRankReason.ALL_FULL
                 seen[id_] = outcome
@@ -197,14 +196,21 @@ class Program:
         act()
         return act
 
+    def scope(self) -> Scope:
+        """Some ranks to choose among, some to avoid, of which a few are not there; often none of either."""
+        known = [*dict.fromkeys(rank for who in self.known[-3:] for rank in who.ranks), "stranger/0"]
+        return Scope(*([rank for rank in known if named and self.below(2)] for named in (self.below(2), self.below(2))))
+
     def renew(self) -> Callable[[], None]:
         count = self.pick((1, 1, 3))
-        requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
+        bookings = {self.request_id(): self.pick((0, *self.weather.tokens)) for _ in range(count)}
 
         def act() -> None:
-            self.log.append(f"renew {[(r.request_id, r.tokens) for r in requests]}")
-            renewed = self.run(protocol.renew(POOL, requests))
-            assert renewed == [self.oracle.renew(str(r.in_flight_id), r.tokens, self.now) for r in requests]
+            self.log.append(f"renew {bookings}")
+            renewed = self.run(protocol.renew(POOL, [*bookings.items()]))
+            assert renewed == sum(
+                self.oracle.renew(str(in_flight_id(name)), tokens, self.now) for name, tokens in bookings.items()
+            )
             self.check()
 
         act()
@@ -380,6 +386,7 @@ class Weather:
     moves_ms: Sequence[int]
     changes: Sequence[dict[str, object]]
     loads_wanted_one_in: int
+    restricted_one_in: int
     acts: Sequence[Callable[[Program], Callable[[], None] | None]]
 
 
@@ -405,6 +412,7 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
         {"slow_start_ms": 0},
     ),
     loads_wanted_one_in=2,
+    restricted_one_in=3,
     acts=(
         *[Program.dispatch] * 16,
         *[Program.report] * 12,
@@ -440,6 +448,7 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
         {"weights": "equal"},
     ),
     loads_wanted_one_in=10,
+    restricted_one_in=20,
     acts=(
         *[Program.dispatch] * 40,
         *[Program.report] * 12,

@@ -22,7 +22,7 @@ from balancer import (
 )
 from balancer.admin import PoolAdmin
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.model import Incarnation, Report, in_flight_id
+from balancer.model import Incarnation, Report, Scope, in_flight_id
 from balancer.protocol import Operation
 
 Join = Callable[..., Reporter]
@@ -196,9 +196,9 @@ def operations(engine: Reporter) -> dict[str, Operation[Any]]:
         "report of nothing received": protocol.report("p", known, Report(2, counts)),
         "dispatch": protocol.dispatch("p", "d", [Request("a", 1), Request("b", 2)], want_loads=True),
         "dispatch again": protocol.dispatch("p", "d", [Request("booked", 10), Request("c", 1)]),
-        "dispatch on one engine": protocol.dispatch("p", "d", [Request("a", 1), Request("booked", 1)], engine="e"),
+        "dispatch among some": protocol.dispatch("p", "d", [Request("a", 1)], scope=Scope(among=["e/0"])),
         "release": protocol.release("p", ["booked", "unknown"]),
-        "renew": protocol.renew("p", [Request("booked", 99), Request("unknown", 1)]),
+        "renew": protocol.renew("p", [("booked", 99), ("unknown", 1)]),
         "drain": protocol.drain("p", "e", 0),
         "undrain": protocol.drain("p", "e", undo=True),
         "leave": protocol.leave("p", known),
@@ -213,7 +213,7 @@ OPERATIONS = [
     "report of nothing received",
     "dispatch",
     "dispatch again",
-    "dispatch on one engine",
+    "dispatch among some",
     "release",
     "renew",
     "drain",

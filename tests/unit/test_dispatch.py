@@ -11,6 +11,7 @@ import redis
 from balancer import Dispatcher, NoRank, NoRankReason, Outcome, Placement, RankCounts, Reporter, Request, Settings
 from balancer.admin import PoolAdmin
 from balancer.model import in_flight_id
+from balancer.policies import policies
 from tests.clock import Clock
 
 Join = Callable[..., Reporter]
@@ -323,69 +324,53 @@ def test_a_pool_can_be_told_so_when_all_have_already_fallen_silent(
     assert reason_of(dispatcher) is NoRankReason.ALL_SILENT
 
 
-# -- one engine of several
+# -- among some ranks, or not on some
 
 
-def test_a_dispatch_for_one_engine_looks_at_its_ranks_alone(
-    join: Join, dispatcher: Dispatcher, admin: PoolAdmin
-) -> None:
+def test_a_dispatch_among_ranks_looks_at_these_alone(join: Join, dispatcher: Dispatcher) -> None:
     join("a", 3).report(1, [RankCounts(500, 1), RankCounts(400, 1), RankCounts(300, 1)])
     join("b", 2).report(1, [RankCounts(0, 0), RankCounts(10, 1)])
-    join("ab", 1)
-    placement = dispatcher.dispatch("r0", 50, engine="a")
+    ranks = ["a/0", "a/1", "a/2", "stranger/0"]
+    placement = dispatcher.dispatch("r0", 50, among=ranks)
     assert (placement.rank, placement.load_tokens) == ("a/2", 300)
-    answers = dispatcher.dispatch_many([Request(f"r{number}", 100) for number in range(1, 4)], engine="a")
-    assert Counter(ranks_of(answers)) == {"a/2": 1, "a/1": 2} or Counter(ranks_of(answers)) == {"a/2": 2, "a/1": 1}
-    with dispatcher.booking("r4", 1, engine="b") as inner:
-        assert inner.engine == "b"
+    assert dispatcher.dispatch("r1", 60, among=ranks, avoid=["a/2"]).rank == "a/1"
+    assert dispatcher.dispatch("r2", 1, avoid=["b/0"]).rank == "b/1"
+    assert dispatcher.dispatch("r0", 50, among=["b/0"]).rank == "a/2", "what is booked keeps its rank"
 
 
-def test_ties_within_an_engine_spread_too(join: Join, dispatcher: Dispatcher) -> None:
-    join("a", 4), join("b", 4)
-    seen = set()
-    for number in range(40):
-        seen.add(dispatcher.dispatch(f"r{number}", 1, engine="b").rank)
-        dispatcher.release(f"r{number}")
-    assert seen == {f"b/{index}" for index in range(4)}
-
-
-def test_the_engine_that_a_router_has_chosen_finds_the_rank_that_was_booked(
-    join: Join, settings: Settings, admin: PoolAdmin
+@pytest.mark.parametrize("policy", policies())
+def test_every_policy_keeps_to_the_ranks_that_it_is_given(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, policy: str
 ) -> None:
-    join("a", 2), join("b", 2)
-    with Dispatcher(settings) as router, Dispatcher(settings) as inner:
-        outer = router.dispatch("r", 100)
-        again = inner.dispatch("r", 100, engine=outer.engine)
-        assert (again.rank, again.outcome) == (outer.rank, Outcome.REPEATED)
-        other = {"a": "b", "b": "a"}[outer.engine]
-        moved = inner.dispatch("r", 100, engine=other)
-    assert (moved.engine, moved.outcome) == (other, Outcome.PLACED)
-    flying = {rank.rank: rank.in_flight_tokens for rank in admin.snapshot().ranks if rank.in_flight_tokens}
-    assert flying == {moved.rank: 100}
+    admin.configure(policy=policy)
+    join("a", 4), join("b", 4)
+    seen = Counter[str]()
+    for number in range(40):
+        requests = [Request(f"{number}-{place}", 1 + place) for place in range(1 + number % 3)]
+        answers = dispatcher.dispatch_many(requests, among=[f"b/{i}" for i in range(4)], avoid=["b/1"])
+        seen.update(ranks_of(answers))
+        dispatcher.release(*(request.request_id for request in requests))
+    assert set(seen) == {"b/0", "b/2", "b/3"}, "and ties within them spread"
 
 
-def test_why_there_is_no_rank_is_said_of_the_engine_that_was_asked_for(
+def test_why_there_is_no_rank_is_said_of_those_that_were_named(
     join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
 ) -> None:
-    def reason(engine: str) -> NoRankReason:
+    def reason(**scope: list[str]) -> NoRankReason:
         with pytest.raises(NoRank) as none:
-            dispatcher.dispatch("r", 10, engine=engine)
+            dispatcher.dispatch("r", 10, **scope)
         return none.value.reason
 
-    join("gone", 1), join("draining", 1), join("full", 1, capacity_tokens=5)
-    admin.drain("draining")
-    clock.move(4_000)
-    fine, late = join("fine", 1), join("late", 1)
-    clock.move(4_000)
-    fine.report(1, [RankCounts(0, 0)])
-    assert late.incarnation.epoch
-    assert reason("gone") is NoRankReason.ALL_SILENT
-    assert reason("nobody") is NoRankReason.NOBODY_JOINED
+    join("gone", 1)
+    clock.move(5_000)
+    join("late", 1), join("full", 1, capacity_tokens=5), join("fine", 1)
     admin.drain("late")
-    assert reason("late") is NoRankReason.ALL_DRAINING
-    join("full", 1, capacity_tokens=5)
-    assert reason("full") is NoRankReason.ALL_FULL
-    assert dispatcher.dispatch("r", 10, engine="fine").rank == "fine/0"
+    assert reason(among=["gone/0"]) is NoRankReason.ALL_SILENT
+    assert reason(among=["nobody/0"]) is NoRankReason.NOBODY_JOINED
+    assert reason(among=["late/0", "gone/0"]) is NoRankReason.ALL_DRAINING
+    assert reason(among=["full/0"]) is NoRankReason.ALL_FULL
+    assert reason(among=["fine/0"], avoid=["fine/0"]) is NoRankReason.ALL_DRAINING
+    assert dispatcher.dispatch("r", 10, among=["fine/0"]).rank == "fine/0"
 
 
 # -- renewing
@@ -399,27 +384,13 @@ def test_a_renewed_booking_lives_on_and_counts_with_what_it_has_become(
     dispatcher.dispatch_many([Request("long", 100), Request("other", 7)])
     for generated in (10, 20, 30):
         clock.move(8_000)
-        assert dispatcher.renew([Request("long", 100 + generated), Request("unknown", 1)]) == [True, False]
+        assert dispatcher.renew(("long", 100 + generated), ("unknown", 1)) == 1
     dispatcher.dispatch("now", 1)
     (rank,) = admin.snapshot().ranks
     assert (rank.in_flight_tokens, rank.in_flight_requests, rank.load_tokens) == (131, 2, 131)
     assert dispatcher.release("long") == 1
-    assert dispatcher.renew([Request("long", 500)]) == [False]
+    assert dispatcher.renew(("long", 500)) == 0
     assert admin.snapshot().ranks[0].load_tokens == 1
-
-
-def test_renewing_repeats_without_harm_and_does_not_bring_back_another_life(
-    join: Join, dispatcher: Dispatcher, admin: PoolAdmin
-) -> None:
-    join("e", 1)
-    dispatcher.dispatch("a", 100)
-    assert dispatcher.renew([Request("a", 150)] * 2) == [True, True]
-    assert dispatcher.renew([Request("a", 150)]) == [True]
-    assert admin.snapshot().ranks[0].in_flight_tokens == 150
-    assert dispatcher.dispatch("a", 100).outcome is Outcome.REPEATED
-    join("e", 1)
-    assert dispatcher.renew([Request("a", 150)]) == [False]
-    assert admin.snapshot().ranks[0].in_flight_tokens == 0
 
 
 # -- round robin

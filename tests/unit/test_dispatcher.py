@@ -33,6 +33,7 @@ from balancer.admin import PoolAdmin
 from balancer.breaker import Breaker
 from balancer.embedded import EmbeddedRedis
 from balancer.last_known import LastKnown
+from balancer.model import Scope
 from tests.either import Awaited
 
 Eventually = Callable[..., None]
@@ -362,9 +363,38 @@ def test_the_breaker_lets_one_call_through_per_probe() -> None:
 def test_knowledge_is_asked_for_once_per_second() -> None:
     ticks = Ticks()
     known = LastKnown(refresh_ms=1_000, clock=ticks)
+    known.learn({"e/0": 0})
     assert [known.wants_loads(), known.wants_loads()] == [True, False]
     ticks.now_s = 1.0
     assert known.wants_loads()
+
+
+def test_a_dispatcher_that_knows_nothing_asks_until_it_does() -> None:
+    known = LastKnown(clock=Ticks())
+    assert [known.wants_loads(), known.wants_loads()] == [True, True]
+    known.learn({})
+    assert known.wants_loads(), "an empty pool taught it nothing"
+    known.learn({"e/0": 0})
+    assert not known.wants_loads()
+
+
+def test_a_dispatcher_whose_first_dispatch_failed_can_fall_back_after_its_second(
+    make: Make, settings: Settings, redis_server: EmbeddedRedis, eventually: Eventually
+) -> None:
+    report(settings, 0)
+    dispatcher = make(probe_ms=1)
+    with frozen(redis_server), pytest.raises(NoRank):
+        dispatcher.dispatch("a", 1)
+    eventually(lambda: _places(dispatcher), "Redis places again")
+    with frozen(redis_server):
+        assert dispatcher.dispatch("c", 1).outcome is Outcome.FALLBACK
+
+
+def _places(dispatcher: Any) -> bool:
+    try:
+        return dispatcher.dispatch("b", 1).outcome != "fallback"
+    except NoRank:
+        return False
 
 
 def test_old_knowledge_is_only_good_for_taking_turns() -> None:
@@ -383,12 +413,12 @@ def test_ties_spread_in_the_fallback_too() -> None:
     assert set(Counter(known.choose(5)[0] for _ in range(40)).values()) == {10}  # type: ignore[index]
 
 
-def test_the_fallback_for_one_engine_chooses_among_its_ranks() -> None:
+def test_the_fallback_keeps_to_the_ranks_that_it_is_given() -> None:
     known = LastKnown(clock=Ticks())
-    known.learn({"a/0": 5, "a/1": 4, "ab/0": 0})
-    assert known.choose(9, "a") == ("a/1", 4)
-    assert known.choose(9, "a") == ("a/0", 5)
-    assert known.choose(9, "nobody") is None
+    known.learn({"a/0": 5, "a/1": 4, "b/0": 0})
+    assert known.choose(9, Scope(among=["a/0", "a/1"])) == ("a/1", 4)
+    assert known.choose(9, Scope(avoid=["b/0"])) == ("a/0", 5)
+    assert known.choose(9, Scope(among=["stranger/0"])) is None
 
 
 def test_an_empty_pool_teaches_nothing() -> None:

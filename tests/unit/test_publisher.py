@@ -130,6 +130,17 @@ def test_a_step_arrives_with_its_counts_and_ends_its_bookings(
         assert (look.rank().requests, look.rank().in_flight_tokens, look.rank().in_flight_requests) == (2, 10, 1)
 
 
+def test_an_idle_engine_keeps_a_lease_that_is_shorter_than_its_heartbeat(
+    settings: Settings, look: Look, eventually: Eventually
+) -> None:
+    with publishing(settings, heartbeat_s=60) as publisher:
+        eventually(lambda: look.engine(), "it has joined, with the default lease of 5 s")
+        configure(settings, engine_lease_ms=300)
+        eventually(lambda: publisher.counters.published >= 6, "it reports every 100 ms")
+        configure(settings, engine_lease_ms=600_000)
+        eventually(lambda: publisher._pulse_s == 60, "and follows the lease when it grows again")
+
+
 def test_closing_takes_the_engine_out_of_the_pool_and_may_be_repeated(
     settings: Settings, look: Look, eventually: Eventually
 ) -> None:

@@ -46,6 +46,24 @@ def test_the_password_may_lie_in_a_file(tmp_path: Path) -> None:
     assert Settings.from_environment({"DP_BALANCER_PASSWORD_FILE": str(secret)}).password == "hunter2"
 
 
+def test_what_sentinels_ask_for_stands_beside_the_url_and_is_not_shown(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("hunter3\n")
+    settings = Settings.from_environment(
+        {
+            "DP_BALANCER_URL": "redis+sentinel://ann:hunter2@one,two/chat",
+            "DP_BALANCER_SENTINEL_USERNAME": "watcher",
+            "DP_BALANCER_SENTINEL_PASSWORD_FILE": str(secret),
+        }
+    )
+    address = settings.checked_address()
+    assert (address.sentinel_username, address.sentinel_password) == ("watcher", "hunter3")
+    assert (address.username, address.password) == ("ann", "hunter2")
+    assert "hunter" not in repr(settings) + repr(address)
+    with pytest.raises(InvalidInput, match="DP_BALANCER_SENTINEL_PASSWORD_FILE"):
+        Settings.from_environment({"DP_BALANCER_SENTINEL_PASSWORD_FILE": str(tmp_path / "missing")})
+
+
 def test_a_password_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path / "empty"):
         (tmp_path / "empty").touch()

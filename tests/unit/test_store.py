@@ -189,7 +189,7 @@ def test_an_address_that_is_none_is_refused_before_anything_is_tried(store: Make
 def test_a_full_redis_is_unavailable_and_nothing_is_half_written(
     store: MakeStore, server: EmbeddedRedis, plain: redis.Redis
 ) -> None:
-    subject = store(budget_ms=100)
+    subject = store(budget_ms=1_000)
     joined = subject.run(JOIN)
     subject.run(dispatch("a", 10))
     before = {key: plain.hgetall(key) for key in plain.scan_iter("dpb:*", _type="hash")}
@@ -203,7 +203,7 @@ def test_a_full_redis_is_unavailable_and_nothing_is_half_written(
 
 
 def test_a_replica_is_unavailable_for_writing(store: MakeStore, server: EmbeddedRedis, plain: redis.Redis) -> None:
-    subject = store(budget_ms=100)
+    subject = store(budget_ms=1_000)
     subject.run(JOIN)
     plain.execute_command("REPLICAOF", "127.0.0.1", "1")
     with pytest.raises(StoreUnavailable, match="is not available"):
