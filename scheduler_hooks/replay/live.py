@@ -42,8 +42,9 @@ def as_the_engine_saw_it(played: Played, requests: Sequence[TimedRequest], scena
     def moment(now_s: float) -> float:
         ended = bisect_left(ends_s, now_s)
         late_s = lost_s[ended]
-        if ended < len(ends_s):  # a step is late from the moment at which it should have ended to its end
-            late_s += max(0.0, now_s - (ends_s[ended] - played.steps[ended]["late_s"]))
+        if ended < len(ends_s):  # a late step's ranks came late to its begin, where they take what has arrived
+            step = played.steps[ended]
+            late_s += min(step["late_s"], max(0.0, now_s - (step["t"] - step["duration_s"])))
         return (now_s - late_s - played.start_s) * speed
 
     came = [

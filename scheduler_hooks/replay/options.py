@@ -57,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
     add("--form", choices=("gather", "leader"), default="gather", help="how the engine reports (default %(default)s)")
     add("--speed", type=float, default=1.0, metavar="F", help="play F times as fast; less than 1 where the machine is "
         "too slow for the steps (default 1)")  # fmt: skip
-    add("--cool-down", type=float, default=0.1, metavar="S", help="share of the requests, from the last, whose time is "
-        "not measured: an emptying engine is no example (default %(default)s)")  # fmt: skip
+    add("--warm-up", type=float, default=0.1, metavar="S", help="share of the requests, from the first, whose time is "
+        "not measured (default %(default)s)")  # fmt: skip
+    add("--cool-down", type=float, default=0.1, metavar="S", help="the same from the last (default %(default)s)")
     add("--json", metavar="FILE", help="write all numbers")
     add("--html", metavar="FILE", help="write a page with plots of what was measured")
     return made
@@ -93,6 +94,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         dispatchers=arguments.dispatchers,
         report_age_s=REPORT_AGE_S * arguments.speed,
         chunk_tokens=CHUNK_TOKENS,
+        warm_up=arguments.warm_up,
         cool_down=arguments.cool_down,
     )
     seeds = range(arguments.seed, arguments.seed + arguments.rounds)

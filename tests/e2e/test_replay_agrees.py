@@ -34,7 +34,7 @@ Range = tuple[float, float]
 @pytest.fixture(scope="module")
 def played() -> Iterator[tuple[Outcome, list[TimedRequest]]]:
     """Sixty-four prompts, one in four with a document, at a rate that keeps four ranks busy with prefill."""
-    words = f"--ranks 4 --requests 64 --rounds 1 --max-output 100 --speed {SPEED}".split()
+    words = f"--ranks 4 --requests 64 --rounds 1 --warm-up 0 --cool-down 0 --max-output 100 --speed {SPEED}".split()
     plan = plan_of(parser().parse_args([*words, *(word for name in POLICIES for word in ("--policy", name))]))
     requests = scaled(generate(64, 2, 1.0, document_share=0.25), max_output_tokens=100)
     requests = scaled(requests, rate_per_s=prefill_rate_per_s(requests, plan.scenario, 0.4))
