@@ -16,7 +16,7 @@ from balancer import protocol
 from balancer.breaker import Breaker
 from balancer.errors import NoRank
 from balancer.last_known import LastKnown
-from balancer.model import Placement, PoolSnapshot, Request
+from balancer.model import Placement, PoolSnapshot, Request, Scope
 from balancer.placing import Counters, Placing, perform, perform_async
 from balancer.settings import Settings
 from balancer.store import AsyncStore, Store
@@ -48,22 +48,25 @@ class Dispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    def dispatch(self, request_id: str, tokens: int, among: Sequence[str] = ()) -> Placement:
+    def dispatch(self, request_id: str, tokens: int, among: Sequence[str] = (), avoid: Sequence[str] = ()) -> Placement:
         """Choose a rank for one request and book it there.
 
         `request_id`: 1 to 512 bytes; a repeat returns the first placement. `tokens`: of the prompt, 1 to 2**31 - 1.
-        `among`: the ranks that may be chosen (`engine/index`), the whole pool where there are none.
+        `among`: the ranks that may be chosen (`engine/index`), any where there are none; `avoid`: those that may not. A
+        request that is booked already keeps its rank.
         Raises `NoRank` with its reason, `InvalidInput`, or `Refused`; while Redis is away the answer comes from the
         last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen.
         """
-        return _single(self.dispatch_many([Request(request_id, tokens)], among))
+        return _single(self.dispatch_many([Request(request_id, tokens)], among, avoid))
 
-    def dispatch_many(self, requests: Iterable[Request], among: Sequence[str] = ()) -> list[Placement | NoRank]:
+    def dispatch_many(
+        self, requests: Iterable[Request], among: Sequence[str] = (), avoid: Sequence[str] = ()
+    ) -> list[Placement | NoRank]:
         """Place a list of requests, one EVAL for every 256; the answers stand in the order given.
 
         A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
         """
-        return perform(self._placing.dispatch(list(requests), among), self._store.run)
+        return perform(self._placing.dispatch(list(requests), Scope(among, avoid)), self._store.run)
 
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
@@ -71,6 +74,15 @@ class Dispatcher:
         Never raises for an absent Redis: they are released with a dispatch after its return, or by their lease.
         """
         return perform(self._placing.release(request_ids), self._store.run)
+
+    def renew(self, *bookings: tuple[str, int]) -> int:
+        """Begin the leases of bookings anew, each a request id and the tokens that it holds by now (0: as booked).
+
+        For requests that take long on an engine which acknowledges nothing: renew well within the pool's
+        `booking_lease_ms`, release at the end. Repeating is harmless. Returns how many there were: one that has ended,
+        or whose engine has begun another life, is not booked again. Never raises for an absent Redis.
+        """
+        return perform(self._placing.renew(bookings), self._store.run)
 
     @contextmanager
     def booking(self, request_id: str, tokens: int) -> Iterator[Placement]:
@@ -83,8 +95,8 @@ class Dispatcher:
             raise
 
     def snapshot(self) -> PoolSnapshot:
-        """The pool as it is now, addresses of its engines included; not for the hot path."""
-        return self._store.run(protocol.snapshot(self._placing.pool))
+        """The pool as it is now, addresses of its engines included; not for the hot path. Its loads are remembered."""
+        return self._placing.learn(self._store.run(protocol.snapshot(self._placing.pool)))
 
     def close(self) -> None:
         """Close the connections."""
@@ -119,17 +131,25 @@ class AsyncDispatcher:
         """Whether Redis is taken to be away."""
         return self._placing.breaker.is_open
 
-    async def dispatch(self, request_id: str, tokens: int, among: Sequence[str] = ()) -> Placement:
+    async def dispatch(
+        self, request_id: str, tokens: int, among: Sequence[str] = (), avoid: Sequence[str] = ()
+    ) -> Placement:
         """See `Dispatcher.dispatch`."""
-        return _single(await self.dispatch_many([Request(request_id, tokens)], among))
+        return _single(await self.dispatch_many([Request(request_id, tokens)], among, avoid))
 
-    async def dispatch_many(self, requests: Iterable[Request], among: Sequence[str] = ()) -> list[Placement | NoRank]:
+    async def dispatch_many(
+        self, requests: Iterable[Request], among: Sequence[str] = (), avoid: Sequence[str] = ()
+    ) -> list[Placement | NoRank]:
         """See `Dispatcher.dispatch_many`."""
-        return await perform_async(self._placing.dispatch(list(requests), among), self._store.run)
+        return await perform_async(self._placing.dispatch(list(requests), Scope(among, avoid)), self._store.run)
 
     async def release(self, *request_ids: str) -> int:
         """See `Dispatcher.release`."""
         return await perform_async(self._placing.release(request_ids), self._store.run)
+
+    async def renew(self, *bookings: tuple[str, int]) -> int:
+        """See `Dispatcher.renew`."""
+        return await perform_async(self._placing.renew(bookings), self._store.run)
 
     @asynccontextmanager
     async def booking(self, request_id: str, tokens: int) -> AsyncIterator[Placement]:
@@ -143,7 +163,7 @@ class AsyncDispatcher:
 
     async def snapshot(self) -> PoolSnapshot:
         """See `Dispatcher.snapshot`."""
-        return await self._store.run(protocol.snapshot(self._placing.pool))
+        return self._placing.learn(await self._store.run(protocol.snapshot(self._placing.pool)))
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+
+from balancer.model import Scope
+from balancer.protocol import ANYWHERE
 
 REFRESH_MS = 1_000
 TRUST_MS = 30_000
@@ -59,13 +62,13 @@ class LastKnown:
             if rank in self._loads:
                 self._loads[rank] += tokens
 
-    def choose(self, tokens: int, among: Collection[str] = ()) -> tuple[str, int] | None:
-        """A rank and its load as far as known, with `tokens` now added to it; None where no such rank was ever seen.
+    def choose(self, tokens: int, scope: Scope = ANYWHERE) -> tuple[str, int] | None:
+        """A rank within `scope` and its load as far as known, with `tokens` now added to it.
 
-        `among`: choose one of these ranks, where there are any.
+        None where no such rank was ever seen.
         """
         with self._lock:
-            ranks = [rank for rank in self._ranks if rank in among] if among else self._ranks
+            ranks = self._ranks if scope == ANYWHERE else [rank for rank in self._ranks if scope.allows(rank)]
             if not ranks:
                 return None
             # Rotating where the search begins spreads ties.

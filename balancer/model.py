@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 
@@ -38,7 +38,7 @@ def checked_name(name: str, what: str) -> str:
     """Return `name` if it may stand in a key or a rank's name, else raise `InvalidInput`."""
     if not isinstance(name, str) or len(name) > MAX_NAME_BYTES or not _NAME.fullmatch(name):
         raise InvalidInput(
-            f"{what} {_shown(name)} must be 1 to {MAX_NAME_BYTES} characters of A-Z a-z 0-9 . _ - "
+            f"{what} {shown(name)} must be 1 to {MAX_NAME_BYTES} characters of A-Z a-z 0-9 . _ - "
             "and begin with a letter or digit"
         )
     return name
@@ -47,40 +47,51 @@ def checked_name(name: str, what: str) -> str:
 def checked_count(value: int, what: str, least: int = 0, most: int = MAX_COUNT) -> int:
     """Return `value` as an int within [least, most]; whole floats pass, NaN, fractions and text do not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidInput(f"{what} must be a whole number, not {_shown(value)}")
+        raise InvalidInput(f"{what} must be a whole number, not {shown(value)}")
     if isinstance(value, float):
         if not math.isfinite(value) or value != int(value):
             raise InvalidInput(f"{what} must be a whole number, not {value!r}")
         value = int(value)
     if not least <= value <= most:
-        raise InvalidInput(f"{what} must be between {least} and {most}, not {_shown(value)}")
+        raise InvalidInput(f"{what} must be between {least} and {most}, not {shown(value)}")
     return value
 
 
-def checked_ranks(ranks: Sequence[str]) -> Sequence[str]:
-    """Return `ranks` if they are at most MAX_RANKS names like `engine/index`, else raise `InvalidInput`."""
-    if isinstance(ranks, str) or len(ranks) > MAX_RANKS:
-        raise InvalidInput(f"a dispatch may be restricted to a list of at most {MAX_RANKS} ranks")
-    for rank in ranks:
-        if not isinstance(rank, str) or not _RANK.fullmatch(rank):
-            raise InvalidInput(f"a rank is named ENGINE/INDEX, not {_shown(rank)}")
-    return ranks
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The ranks (`engine/index`) that a dispatch may choose: `among` these, or any, and never one to `avoid`."""
+
+    among: Sequence[str] = ()
+    avoid: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for ranks in (self.among, self.avoid):
+            if isinstance(ranks, str) or len(ranks) > MAX_RANKS:
+                raise InvalidInput(f"a dispatch may be restricted to a list of at most {MAX_RANKS} ranks")
+            for rank in ranks:
+                if not isinstance(rank, str) or not _RANK.fullmatch(rank):
+                    raise InvalidInput(f"a rank is named ENGINE/INDEX, not {shown(rank)}")
+
+    def allows(self, rank: str) -> bool:
+        """Whether this rank may be chosen."""
+        return rank not in self.avoid and (not self.among or rank in self.among)
 
 
 def checked_request_id(request_id: str) -> str:
     """Return `request_id` if it is text of 1 to 512 bytes in UTF-8, else raise `InvalidInput`."""
     if not isinstance(request_id, str):
-        raise InvalidInput(f"request id must be text, not {_shown(request_id)}")
+        raise InvalidInput(f"request id must be text, not {shown(request_id)}")
     try:
         size = len(request_id.encode("utf-8"))
     except UnicodeEncodeError:
-        raise InvalidInput(f"request id {_shown(request_id)} has a half character that UTF-8 cannot carry") from None
+        raise InvalidInput(f"request id {shown(request_id)} has a half character that UTF-8 cannot carry") from None
     if not 1 <= size <= MAX_REQUEST_ID_BYTES:
         raise InvalidInput(f"request id must have 1 to {MAX_REQUEST_ID_BYTES} bytes, not {size}")
     return request_id
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as an error message shows it: short, whatever it is."""
     try:
         text = repr(value)
     except ValueError:  # Python writes out no whole number of more than 4,300 digits
@@ -294,34 +305,12 @@ class PoolSettings:
     """With no fresh engine left: refuse, or use the last_known ranks. Default refuse."""
     when_full: str
     """With room on no rank: refuse, or take the least_loaded. Default refuse."""
-
-
-_LEASES_MS = {"engine_lease_ms": 50, "booking_lease_ms": 50, "forget_ms": 1_000}
-"""Settings in ms, with the least that each may be."""
-_MOST_MS = 7 * 24 * 3_600_000
-_WORDS = {"when_silent": ("refuse", "last_known"), "when_full": ("refuse", "least_loaded")}
-
-
-def checked_settings(changes: Mapping[str, object], policies: Sequence[str]) -> dict[str, str]:
-    """Changes of pool settings as Redis stores them; numbers may come as text.
-
-    Raises `InvalidInput` naming the setting and what it may be.
-    """
-    if not changes:
-        raise InvalidInput("nothing to configure: give at least one setting=value")
-    words = {"policy": tuple(policies), **_WORDS}
-    checked = {}
-    for name, value in changes.items():
-        if name in words:
-            if value not in words[name]:
-                raise InvalidInput(f"{name} must be one of {', '.join(words[name])}, not {_shown(value)}")
-            checked[name] = str(value)
-        elif name in _LEASES_MS:
-            number = int(value) if isinstance(value, str) and value.isdecimal() else value
-            checked[name] = str(checked_count(number, name, _LEASES_MS[name], _MOST_MS))  # type: ignore[arg-type]
-        else:
-            raise InvalidInput(f"no setting {_shown(name)}: there are {', '.join([*words, *_LEASES_MS])}")
-    return checked
+    slow_start_ms: int = 0
+    """How long the ranks of an engine that has just joined take less than their share. Default 0."""
+    weights: str = "equal"
+    """How much more of the load some engines or ranks take than others: `big=2,old/3=0.5`. Default equal."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of policies that somebody has set, by their full name: `envelope.k`."""
 
 
 @dataclass(frozen=True, slots=True)

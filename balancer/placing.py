@@ -16,8 +16,8 @@ from balancer.aftermath import Aftermath
 from balancer.breaker import Breaker
 from balancer.errors import BalancerError, NoRank, NoRankReason, Refused, StoreDenied, StoreError
 from balancer.last_known import LastKnown
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
-from balancer.protocol import MAX_IDS_PER_RELEASE, Operation
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, EngineState, Outcome, Placement, PoolSnapshot, Request, Scope
+from balancer.protocol import ANYWHERE, MAX_IDS_PER_RELEASE, MAX_IDS_PER_RENEW, Operation
 
 log = logging.getLogger("balancer.dispatcher")
 
@@ -52,12 +52,17 @@ class Placing:
         self.counters = Counters()
         self._denied = ""  # why Redis refused us, where that is why it is away
 
-    def dispatch(self, requests: Sequence[Request], among: Sequence[str] = ()) -> Steps[list[Placement | NoRank]]:
-        """Place requests; the answers stand in the order given, `NoRank` where there is no rank to give."""
+    def dispatch(self, requests: Sequence[Request], scope: Scope = ANYWHERE) -> Steps[list[Placement | NoRank]]:
+        """Place requests within `scope`; the answers stand in the order given, `NoRank` where there is no rank."""
         answers: list[Placement | NoRank] = []
         for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
-            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], among)
+            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], scope)
         return answers
+
+    def learn(self, snapshot: PoolSnapshot) -> PoolSnapshot:
+        """Remember the loads of a snapshot, for when Redis is away; returns it."""
+        self.last_known.learn({rank.rank: rank.load_tokens for rank in snapshot.ranks if rank.state is EngineState.UP})
+        return snapshot
 
     def release(self, request_ids: Sequence[str]) -> Steps[int]:
         """End bookings; returns how many there were, 0 where Redis is away (then they are owed it)."""
@@ -70,6 +75,23 @@ class Placing:
                 break
             released += count
         return released
+
+    def renew(self, bookings: Sequence[tuple[str, int]]) -> Steps[int]:
+        """Begin bookings' leases anew; returns how many there were, 0 where Redis is away (then they end)."""
+        renewed = 0
+        for start in range(0, len(bookings), MAX_IDS_PER_RENEW):
+            if not self.breaker.admits():
+                break
+            try:
+                renewed += yield protocol.renew(self.pool, bookings[start : start + MAX_IDS_PER_RENEW])
+            except StoreError as error:
+                self._lost(error)
+                break
+            except Refused:
+                self._regained()
+                raise
+            self._regained()
+        return renewed
 
     def _released(self, operation: Operation[int]) -> Steps[int | None]:
         """Perform a release; None where Redis was away."""
@@ -95,20 +117,20 @@ class Placing:
             if count:
                 log.info("pool=%s had %d bookings whose dispatch got no answer: released", self.pool, count)
 
-    def _dispatch_list(self, requests: Sequence[Request], among: Sequence[str]) -> Steps[list[Placement | NoRank]]:
+    def _dispatch_list(self, requests: Sequence[Request], scope: Scope) -> Steps[list[Placement | NoRank]]:
         if not self.breaker.is_open:
             yield from self._settle()
         if not self.breaker.admits():
-            return self._fall_back(requests, among)
+            return self._fall_back(requests, scope)
         wants_loads = self.last_known.wants_loads()
-        operation = protocol.dispatch(self.pool, self.name, requests, wants_loads, among)
+        operation = protocol.dispatch(self.pool, self.name, requests, wants_loads, scope)
         try:
             answer: protocol.Dispatched = yield operation
         except StoreError as error:
             self._lost(error)
             if not isinstance(error, StoreDenied):
                 self.aftermath.owe(request.request_id for request in requests)
-            return self._fall_back(requests, among)
+            return self._fall_back(requests, scope)
         except Refused:
             self._regained()
             raise
@@ -123,30 +145,30 @@ class Placing:
             for outcome in answer.outcomes:
                 if isinstance(outcome, Placement) and outcome.outcome is Outcome.PLACED:
                     self.last_known.add(outcome.rank, outcome.request.tokens)
-        return self._answers(requests, self._unless_early(requests, among, answer.outcomes))
+        return self._answers(requests, self._unless_early(requests, scope, answer.outcomes))
 
     def _unless_early(
-        self, requests: Sequence[Request], among: Sequence[str], outcomes: Sequence[Placement | NoRankReason]
+        self, requests: Sequence[Request], scope: Scope, outcomes: Sequence[Placement | NoRankReason]
     ) -> Sequence[Placement | NoRankReason]:
         """The answers of Redis, and the last known loads where it is back and engines have not reported to it yet."""
         if not self.aftermath.is_under_way:
             return outcomes
         return [
-            (self._last_known(request, among) or outcome) if outcome in _EARLY else outcome
+            (self._last_known(request, scope) or outcome) if outcome in _EARLY else outcome
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
-    def _fall_back(self, requests: Sequence[Request], among: Sequence[str]) -> list[Placement | NoRank]:
+    def _fall_back(self, requests: Sequence[Request], scope: Scope) -> list[Placement | NoRank]:
         outcomes: list[Placement | NoRankReason] = []
         for request in requests:
-            placement = self._last_known(request, among)
+            placement = self._last_known(request, scope)
             if placement is None and self._denied:
                 raise StoreDenied(self._denied)
             outcomes.append(placement or NoRankReason.UNREACHABLE)
         return self._answers(requests, outcomes)
 
-    def _last_known(self, request: Request, among: Sequence[str]) -> Placement | None:
-        choice = self.last_known.choose(request.tokens, among)
+    def _last_known(self, request: Request, scope: Scope) -> Placement | None:
+        choice = self.last_known.choose(request.tokens, scope)
         return Placement(request, *choice, Outcome.FALLBACK) if choice else None
 
     def _answers(

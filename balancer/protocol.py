@@ -14,6 +14,7 @@ from balancer.errors import CorruptPool, Fenced, InvalidInput, NewerSchema, NoRa
 from balancer.keys import pool_keys
 from balancer.model import (
     MAX_REQUESTS_PER_DISPATCH,
+    MAX_TOKENS,
     EngineState,
     EngineView,
     Incarnation,
@@ -25,20 +26,26 @@ from balancer.model import (
     Report,
     Reported,
     Request,
+    Scope,
     checked_count,
     checked_name,
-    checked_ranks,
     checked_request_id,
-    checked_settings,
     in_flight_id,
 )
-from balancer.scripts import policy_names
+from balancer.policies import parameters
+from balancer.pool_settings import checked_settings
 
 T = TypeVar("T")
 Reply = list[Any]
 
 MAX_IDS_PER_RELEASE = 1_000
 """Most ids in one release; the bound of `lua/lib/end_bookings.lua`."""
+
+MAX_IDS_PER_RENEW = 500
+"""Most bookings in one renewal; the bound of `lua/renew.lua`."""
+
+ANYWHERE = Scope()
+"""A dispatch may choose any eligible rank of the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +68,13 @@ class Dispatched:
 
 
 def dispatch(
-    pool: str,
-    dispatcher: str,
-    requests: Sequence[Request],
-    want_loads: bool = False,
-    among: Sequence[str] = (),
+    pool: str, dispatcher: str, requests: Sequence[Request], want_loads: bool = False, scope: Scope = ANYWHERE
 ) -> Operation[Dispatched]:
-    """Choose ranks (`among` these, where any are named) for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
+    """Choose ranks within `scope` for 1 to MAX_REQUESTS_PER_DISPATCH requests and book them."""
     checked_name(dispatcher, "dispatcher name")
     if not 1 <= len(requests) <= MAX_REQUESTS_PER_DISPATCH:
         raise InvalidInput(f"a dispatch takes 1 to {MAX_REQUESTS_PER_DISPATCH} requests, not {len(requests)}")
-    wanted = " ".join([str(int(want_loads)), *checked_ranks(among)])
+    wanted = " ".join(["1" if want_loads else "0", *scope.among, *(f"-{rank}" for rank in scope.avoid)])
     arguments: list[str | int] = [dispatcher, wanted]
     for request in requests:
         arguments += (request.in_flight_id, request.tokens, request.request_id)
@@ -97,6 +100,17 @@ def release(pool: str, request_ids: Sequence[str]) -> Operation[int]:
         raise InvalidInput(f"a release takes 1 to {MAX_IDS_PER_RELEASE} request ids, not {len(request_ids)}")
     ids = tuple(in_flight_id(checked_request_id(request_id)) for request_id in request_ids)
     return Operation("release", pool_keys(pool), ids, lambda reply: int(_read(pool, reply, "released", 2)[1]))
+
+
+def renew(pool: str, bookings: Sequence[tuple[str, int]]) -> Operation[int]:
+    """Renew the leases of up to MAX_IDS_PER_RENEW bookings, each a request id and the tokens that it holds now (0: as
+    booked); reads how many there were."""
+    if not 1 <= len(bookings) <= MAX_IDS_PER_RENEW:
+        raise InvalidInput(f"a renewal takes 1 to {MAX_IDS_PER_RENEW} bookings, not {len(bookings)}")
+    arguments: list[int] = []
+    for request_id, tokens in bookings:
+        arguments += (in_flight_id(checked_request_id(request_id)), checked_count(tokens, "tokens", 0, MAX_TOKENS))
+    return Operation("renew", pool_keys(pool), tuple(arguments), lambda reply: int(_read(pool, reply, "renewed", 2)[1]))
 
 
 def join(pool: str, incarnation: Incarnation) -> Operation[Incarnation]:
@@ -152,7 +166,7 @@ def drain(pool: str, engine: str, index: int | None = None, undo: bool = False) 
 
 def configure(pool: str, changes: Mapping[str, object]) -> Operation[None]:
     """Change settings of the pool; `PoolSettings` lists them."""
-    arguments = [part for item in checked_settings(changes, policy_names()).items() for part in item]
+    arguments = [part for item in checked_settings(changes).items() for part in item]
 
     def read(reply: Reply) -> None:
         _read(pool, reply, "configured", 1)
@@ -219,6 +233,9 @@ def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
         forget_ms=int(fields["forget_ms"]),
         when_silent=fields["when_silent"],
         when_full=fields["when_full"],
+        slow_start_ms=int(fields.get("slow_start_ms", 0)),
+        weights=fields.get("weights", "equal"),
+        parameters={name: float(fields[name]) for name in parameters() if name in fields},
     )
     engines = [_engine_view(name, record, now_ms, settings) for name, record in sorted(records.items())]
     by_name, ranks = {engine.name: engine for engine in engines}, []

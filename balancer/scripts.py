@@ -52,6 +52,12 @@ def read_part(name: str) -> str:
     return (folder / f"{name}.lua").read_text(encoding="utf-8")
 
 
+def included(parts: str) -> list[str]:
+    """The names that an include line asks for; `policies/*` stands for every policy."""
+    every = [f"policies/{policy}" for policy in policy_names()]
+    return [name for part in parts.split(",") for name in (every if part.strip() == "policies/*" else [part.strip()])]
+
+
 def compose(name: str, read: Callable[[str], str] = read_part) -> Script:
     """The script `name`, complete. `read` supplies the included parts (a test replaces the clock there)."""
     path = lua_directory() / f"{name}.lua"
@@ -59,8 +65,7 @@ def compose(name: str, read: Callable[[str], str] = read_part) -> Script:
         raise InvalidInput(f"no script {name!r}: there are {', '.join(script_names())}")
 
     def splice(match: re.Match[str]) -> str:
-        parts = [part.strip() for part in match[1].split(",")]
-        return "\n".join(read(part).rstrip("\n") for part in parts)
+        return "\n".join(read(part).rstrip("\n") for part in included(match[1]))
 
     text = _INCLUDE.sub(splice, path.read_text(encoding="utf-8"))
     return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())

@@ -6,31 +6,33 @@
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     dispatcher  text    who books
 --          want_loads  0 or 1  whether to return the loads of all eligible ranks; followed, each after a space, by the
---                              ranks among which to choose (at most 1,024), where that is not the whole pool
+--                              ranks among which to choose, where that is not the whole pool, and those to avoid (-e/0)
 --          then for each request: id (63-bit decimal), tokens (1 to 2^31 - 1), request id (text)
 -- RETURNS  {'dispatched', stale 0 or 1, outcome, rank or reason, load before or 0, the three for each request,
 --          then rank, load of each eligible rank where they are wanted}
 --          outcome is 'placed', 'repeated' or 'no_rank'; reason 'nobody_joined', 'all_silent', 'all_draining', 'all_full'
 --          or {'newer_schema', schema}
 --@include keys, now_ms, decimal, ordinary, end_with_pool, place_one
-if #ARGV == 5 and ARGV[2] == '0' then  -- before the general rule's functions are made: they cost half a booking
-  local reply = place_one(ARGV[1], unpack(ARGV, 3))
-  if reply then return reply end
-end
+local now, short, from, until_ms, lease_ms, lives, k, sums, largest = now_ms(), #ARGV == 5 and ARGV[2] == '0'
+if short then from, until_ms, lease_ms, lives, k, sums, largest = read_ordinary() end
+short = from and from <= now and now < until_ms
+local reply = short and k == '-' and place_one(now + lease_ms, lives, least_loaded())
+if reply then return reply end  -- before the functions of the other ways are made: they cost half a booking
+
+--@include queues, within_envelope
+reply = short and k ~= '-' and place_one(now + lease_ms, lives, within_envelope(k, sums, largest))
+if reply then return reply end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include keep_alive, end_leases, recall_silent, expire, why_none, view, room, book, note_ordinary
---@include policies/minimum_tokens, policies/round_robin
+--@include keep_alive, end_leases, recall_silent, expire, weights, scope, view, why_none, room, book, parameter
+--@include keep_queues, note_ordinary, least, largest, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
-local POLICIES = {minimum_tokens = minimum_tokens, round_robin = round_robin}
-local dispatcher, want_loads = ARGV[1], string.sub(ARGV[2], 1, 1)
-choose_among(string.sub(ARGV[2], 2))
+local dispatcher, want_loads = unpack(ARGV, 1, 2)
 
 local schema, policy, booking_lease_ms, when_full, when_silent, lives =
   unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
 if not schema then return no_pool() end
 if tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
-local now = now_ms()
 local stale = end_leases(now)
 expire(now, EXPIRED_PER_DISPATCH + (#ARGV - 2) / 3)
 if when_silent == 'last_known' and (stale or call('EXISTS', loads) == 0) then stale = recall_silent(now) end
@@ -51,11 +53,19 @@ for i, id in ipairs(ids) do
   else
     outcomes[i] = {'no_rank', '', '0'}
     first[id] = outcomes[i]
-    batch[#batch + 1] = {id = id, tokens = tonumber(ARGV[3 * i + 1]), request_id = ARGV[3 * i + 2], outcome = outcomes[i]}
+    batch[#batch + 1] = {
+      at = i, id = id, tokens = tonumber(ARGV[3 * i + 1]), request_id = ARGV[3 * i + 2], outcome = outcomes[i],
+      turn = turn_of(id),
+    }
   end
 end
 
-local reason = #batch > 0 and not is_any_eligible() and why_none(among) or nil
+table.sort(batch, function(one, other)  -- placed together, the largest first
+  return one.tokens > other.tokens or one.tokens == other.tokens and one.at < other.at
+end)
+read_weights(now)
+look_within(want_loads)
+local reason = #batch > 0 and sees_none() and why_none() or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or minimum_tokens)(batch)
 local placed = {}
 for _, request in ipairs(batch) do
@@ -78,8 +88,8 @@ end
 book(placed, timed, dispatcher, lives)
 note_ordinary(now)
 
-outcomes[#outcomes + 1] = want_loads == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
-local reply = {'dispatched', stale and 1 or 0}
+outcomes[#outcomes + 1] = string.sub(want_loads, 1, 1) == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
+reply = {'dispatched', stale and 1 or 0}
 for _, part in ipairs(outcomes) do
   for _, field in ipairs(part) do reply[#reply + 1] = field end
 end

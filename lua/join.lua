@@ -9,7 +9,7 @@
 --          address          text     where dispatchers reach it, may be empty
 --          capacity_tokens  integer  tokens each rank can hold, 0 for no limit
 -- RETURNS  {'joined', epoch (ms)}, {'wrong_size', the size it has joined with} or {'newer_schema', schema}
---@include keys, check_types, newer_schema, now_ms, decimal, engine_record, eligible, booking, remove_engine
+--@include keys, check_types, newer_schema, now_ms, decimal, queues, engine_record, eligible, booking, remove_engine
 --@include open_pool, overlapping, ordinary, begin_life, keep_alive
 local name, size, nonce, address, capacity_tokens = unpack(ARGV)
 

@@ -12,7 +12,7 @@
 --          then for each rank: holding tokens, requests; then the received in-flight ids
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
---@include keys, check_types, newer_schema, now_ms, decimal, engine_record, eligible, booking, remove_engine
+--@include keys, check_types, newer_schema, now_ms, decimal, queues, engine_record, eligible, booking, remove_engine
 --@include add_in_flight, end_bookings, end_leases, expire, open_pool, overlapping, ordinary, begin_life, keep_alive
 local EXPIRED_PER_REPORT = 256
 local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
@@ -54,6 +54,7 @@ end
 enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
+index_queues(ranks_of(engine))
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now
 write_engine(engine)

@@ -12,15 +12,16 @@ from balancer.cli.exits import Exit
 from balancer.cli.table import table
 from balancer.cli.verb import Verb, add_address, add_pool, settings_of
 from balancer.errors import InvalidInput, UnknownPool
-from balancer.scripts import policy_names
 
 _HINTS = {
-    "policy": f"rule by which a rank is chosen: {', '.join(policy_names())}",
+    "policy": "rule by which a rank is chosen: `balancer policy` lists them",
     "engine_lease_ms": "how long an engine is believed without a report",
     "booking_lease_ms": "how long a booking is believed without an acknowledgement",
     "forget_ms": "after how much further silence an engine's counts are removed",
     "when_silent": "with no fresh engine left: refuse, or use the last_known ranks",
     "when_full": "with room on no rank: refuse, or take the least_loaded",
+    "slow_start_ms": "how long an engine's ranks take less than their share after it joined; 0: never",
+    "weights": "how much more some take than others: ENGINE=2,ENGINE/3=0.5; or equal",
 }
 
 
@@ -38,7 +39,11 @@ def parsed_changes(words: Sequence[str]) -> dict[str, str]:
 
 
 def _stored(admin: PoolAdmin) -> dict[str, str]:
-    return {name: str(value) for name, value in asdict(admin.snapshot().settings).items()}
+    settings = asdict(admin.snapshot().settings)
+    parameters = settings.pop("parameters")
+    return {name: str(value) for name, value in settings.items()} | {
+        name: f"{value:g}" for name, value in parameters.items()
+    }
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,21 +7,37 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from balancer import settings
-from balancer.cli import configure, demo, doctor, drain, redis_server, script, simulate, status, version
+from balancer.cli import (
+    configure,
+    demo,
+    doctor,
+    drain,
+    policy,
+    redis_server,
+    replay,
+    script,
+    serve,
+    simulate,
+    status,
+    version,
+)
 from balancer.cli.exits import MEANINGS
 from balancer.cli.verb import Verb
 from balancer.errors import InvalidInput
 
 VERBS: tuple[Verb, ...] = (
     demo.VERB,
+    serve.VERB,
     status.VERB,
     drain.DRAIN,
     drain.UNDRAIN,
     configure.VERB,
+    policy.VERB,
     doctor.VERB,
     script.VERB,
     redis_server.VERB,
     simulate.VERB,
+    replay.VERB,
     version.VERB,
 )
 
@@ -32,8 +48,8 @@ it, check its Redis.
 
 _POOL_RULE = """\
 which pool:
-  Every verb about a pool takes --pool POOL; status, configure and doctor also take
-  it as their first word. Without either: DP_BALANCER_POOL, then "default"."""
+  Every verb about a pool takes --pool POOL; status, configure, policy and doctor
+  also take it as their first word. Without either: DP_BALANCER_POOL, then "default"."""
 
 _NOT_HERE = ("DP_BALANCER_BUDGET_MS", "DP_BALANCER_PROBE_MS", "DP_BALANCER_NAME")
 """Settings of dispatchers that the command line does not use."""

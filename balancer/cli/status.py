@@ -210,7 +210,7 @@ The line `load` and its keys in --json are over the ranks that are up.
   pool, now_ms, bookings, expired, next_deadline_ms,
   max_load_tokens, mean_load_tokens, max_over_mean,
   settings {policy, engine_lease_ms, booking_lease_ms, forget_ms, when_silent,
-            when_full},
+            when_full, slow_start_ms, weights, parameters},
   engines  [{engine, state, epoch, step, ranks, draining, age_ms, address}],
   ranks    [{rank, state, holding_tokens, in_flight_tokens, load_tokens, requests,
              in_flight_requests, capacity_tokens, age_ms}]"""

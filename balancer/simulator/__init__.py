@@ -18,7 +18,7 @@ from balancer.simulator.balancing import Balancer, MakeBalancer, Moment, Report
 from balancer.simulator.experiment import Comparison, Estimate, Objective, balancer_names, capacity_per_s, compare
 from balancer.simulator.experiment import make_balancer as make_balancer
 from balancer.simulator.metrics import Summary, summary
-from balancer.simulator.profiles import H20, H200, PROFILES, Profile
+from balancer.simulator.profiles import H20, H200, MOCK, PROFILES, Profile
 from balancer.simulator.scenario import EngineKind, Scenario
 from balancer.simulator.simulation import Run, simulate
 from balancer.simulator.stream import Stream
@@ -26,6 +26,7 @@ from balancer.simulator.stream import Stream
 __all__ = [
     "H20",
     "H200",
+    "MOCK",
     "PROFILES",
     "Balancer",
     "Comparison",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -16,8 +16,8 @@ class Moment(StrEnum):
     """When in an engine's loop its counts are read.
 
     `before_release`: a step's tokens are there and its complete requests not yet gone (SGLang's own snapshot).
-    `after_step`: they are gone (this project's hook). `after_intake`: the next step's requests have been received
-    (vLLM's counts, the seed's gather).
+    `after_step`: they are gone (this project's hook; what vLLM's coordinator publishes of engines in lockstep).
+    `after_intake`: the next step's requests have been received (the seed's gather).
     """
 
     BEFORE_RELEASE = "before_release"
@@ -31,7 +31,8 @@ class Report:
 
     `held` and `requests` count all that is here, `running` and `kv` (tokens) what decodes, `pending` the tokens of
     prompts that are not yet prefilled. `received` are the requests that these counts contain and no earlier report has
-    named; `prefilling` the ranks that have prefilled in this step.
+    named; `prefilling` the ranks that have prefilled in this step; `cut` what is missing of a prompt that a chunk has
+    cut, for the ranks that have one.
     """
 
     now_s: float
@@ -43,6 +44,11 @@ class Report:
     pending: list[int]
     received: list[int]
     prefilling: frozenset[int] | set[int]
+    cut: Mapping[int, int] = field(default_factory=dict)
+
+    def counted_by_sglang(self) -> list[int]:
+        """Of each rank, KV in use and the prompts that wait: a prompt that a chunk has cut counts as far as it got."""
+        return [held - self.cut.get(place, 0) for place, held in enumerate(self.held)] if self.cut else self.held
 
 
 class Balancer(Protocol):

@@ -18,7 +18,8 @@ class SglangTotalTokens:
     """SGLang 0.5.23, `--load-balance-method total_tokens` (managers/data_parallel_controller.py, DPBudget).
 
     A scheduler writes a snapshot of its counts at the begin of `process_batch_result`: after each prefill, and after
-    every 15th decode step. A dispatch first reads all snapshots unless it has within 20 ms; one with a new time
+    every 15th decode step. It counts the KV in use and the prompts that wait, so that of a prompt that a chunk has cut
+    the rest is missing. A dispatch first reads all snapshots unless it has within 20 ms; one with a new time
     replaces the rank's budget, and with it what was added for requests that it does not contain. Then the least
     (tokens, requests), the first of equals; the prompt's tokens and one request are added to the budget. There is one
     controller for an engine; with several dispatchers each has a budget of its own, as gateways with a load feed do.
@@ -46,7 +47,7 @@ class SglangTotalTokens:
 
     def observe(self, now_s: float, report: Report) -> None:
         """Schedulers publish what is due."""
-        for place, held in enumerate(report.held):
+        for place, held in enumerate(report.counted_by_sglang()):
             rank = report.first_rank + place
             self._unpublished[rank] += 1
             idle = not report.requests[place]  # an idle rank publishes at once
@@ -81,8 +82,9 @@ class _Budget:
 class VllmScore:
     """vLLM 0.33.0's internal balancer (v1/engine/core_client.py, get_core_engine_for_request).
 
-    Engines count waiting and running requests at step boundaries. The coordinator publishes all counts, when they have
-    changed, at most every 100 ms; a publication replaces each API server's copy and what it has added there. An API
+    Engines tell the coordinator their waiting and running requests before and after each step. It publishes all counts,
+    when they have changed, at most every 100 ms; of engines in lockstep (any with experts, as here) those that the last
+    complete step ended with. A publication replaces each API server's copy and what it has added there. An API
     server knows its own unfinished requests exactly and takes the others to have as many:
 
         score = max(servers x own unfinished, waiting + running) + waiting x 6 x max(0, KV usage - 0.5)
@@ -91,7 +93,7 @@ class VllmScore:
     grows by the number of servers.
     """
 
-    reads = Moment.AFTER_INTAKE
+    reads = Moment.AFTER_STEP
     is_aged = False
     PUBLISH_S = 0.100
 
@@ -154,9 +156,9 @@ class VllmScore:
 class Seed:
     """SGLang 0.5.1's minimum_tokens (PR 7379): this project's rule with its counts up to 40 steps old.
 
-    Every 40th step, before it runs, the ranks' tokens are gathered and replace the published ones, and the ids received
-    since are taken from those in flight. The least sum, the first of equals. State is in shared memory under one lock,
-    so all dispatchers of a node share it.
+    Every 40th step, before it runs, the ranks' tokens (counted as SGLang still does) are gathered and replace the
+    published ones, and the ids received since are taken from those in flight. The least sum, the first of equals. State
+    is in shared memory under one lock, so all dispatchers of a node share it.
     """
 
     reads = Moment.AFTER_INTAKE
@@ -187,7 +189,7 @@ class Seed:
         self._steps[engine] += 1
         if self._steps[engine] % self.STEPS:
             return
-        self._local[report.first_rank : report.first_rank + len(report.held)] = report.held
+        self._local[report.first_rank : report.first_rank + len(report.held)] = report.counted_by_sglang()
         for index in self._received[engine]:
             self._in_flight[self._progress.rank[index]] -= self._stream.input_tokens[index]
         self._received[engine] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from balancer.errors import InvalidInput
 from balancer.simulator.experiment import Comparison, Objective, balancer_names, capacity_per_s, compare, make_balancer
@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list-size", type=int, default=1, metavar="N", help="most requests placed as one list (default: 1)")
     add("--warm-up", type=float, default=0.25, metavar="S", help="share not measured at the begin (default: 0.25)")
     add("--cool-down", type=float, default=0.1, metavar="S", help="share not measured at the end (default: 0.1)")
-    add("--slo-ttft-p99-ms", type=float, metavar="MS", help="also find the highest rate that keeps this")
+    add("--slo-ttft-p99-ms", type=float, metavar="MS", help="also find the highest rate that keeps this (10 s if not "
+        "given beside the next)")  # fmt: skip
     add("--slo-tpot-p99-ms", type=float, metavar="MS", help="also find the highest rate that keeps this")
     add("--json", type=Path, metavar="FILE", help="write all numbers")
     add("--html", type=Path, metavar="FILE", help="write a page with plots")
@@ -125,10 +126,15 @@ def _requests(arguments: argparse.Namespace) -> list[TimedRequest]:
     return generate(arguments.requests, 0, 1.0)
 
 
-def _streams(requests: list[TimedRequest], arguments: argparse.Namespace) -> Callable[[int, float], Stream]:
-    def stream_at(seed: int, rate_per_s: float) -> Stream:
-        drawn = resampled(requests, arguments.requests, seed) if arguments.trace else None
-        drawn = drawn or generate(arguments.requests, seed, 1.0)
+class _StreamAt(Protocol):
+    """The stream of a seed at a rate, of --requests requests unless told otherwise."""
+
+    def __call__(self, seed: int, rate_per_s: float, count: int = ...) -> Stream: ...
+
+
+def _streams(requests: list[TimedRequest], arguments: argparse.Namespace) -> _StreamAt:
+    def stream_at(seed: int, rate_per_s: float, count: int = arguments.requests) -> Stream:
+        drawn = resampled(requests, count, seed) if arguments.trace else generate(count, seed, 1.0)
         return Stream.of(scaled(drawn, rate_per_s=rate_per_s))
 
     return stream_at
@@ -144,16 +150,26 @@ def _rate_per_s(requests: list[TimedRequest], scenario: Scenario, arguments: arg
 def _capacities(
     names: list[str],
     scenario: Scenario,
-    stream_at: Callable[[int, float], Stream],
+    stream_at: _StreamAt,
     rate_per_s: float,
     arguments: argparse.Namespace,
 ) -> dict[str, float] | None:
     objective = Objective(arguments.slo_ttft_p99_ms, arguments.slo_tpot_p99_ms)
     if objective == Objective() or math.isinf(rate_per_s):
         return None
-    return {
-        name: capacity_per_s(name, scenario, lambda rate: stream_at(0, rate), objective, rate_per_s) for name in names
-    }
+
+    def as_long(rate: float) -> Stream:
+        """As long as the runs above, and so with more requests where there are more a second."""
+        return stream_at(0, rate, math.ceil(arguments.requests * max(1.0, rate / rate_per_s)))
+
+    bar, found = ProgressBar("searching capacities", "balancers"), dict[str, float]()
+    try:
+        for number, name in enumerate(names):
+            bar.tell(number, len(names))
+            found[name] = capacity_per_s(name, scenario, as_long, objective, rate_per_s)
+    finally:
+        bar.end()
+    return found
 
 
 def _write(

@@ -96,6 +96,11 @@ class Engine:
         """When the next request arrives, if one is on its way."""
         return self._mail[0][0] if self._mail else None
 
+    @property
+    def cut(self) -> dict[int, int]:
+        """Tokens missing of the prompt that a chunk has cut, for each rank that has one."""
+        return {place: self._stream.input_tokens[index] - done for place, (index, done) in self._cut.items()}
+
     def take(self, now_s: float) -> None:
         """Receive what has arrived: its prompts count as held from now on."""
         self.taken = []

@@ -115,16 +115,28 @@ def _shifted(tell: Told, before: int, total: int) -> Told:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What users are promised, ms; None where nothing is."""
+    """What users are promised, ms; None where nothing is.
+
+    A rate at which requests wait longer and longer is no capacity, whatever the tokens do once they come: where no TTFT
+    is promised, `PATIENCE_MS` is.
+    """
 
     ttft_p99_ms: float | None = None
     tpot_p99_ms: float | None = None
 
     def is_met(self, result: Summary) -> bool:
         """Whether a run keeps every promise."""
-        return (self.ttft_p99_ms is None or result.ttft_p99_ms <= self.ttft_p99_ms) and (
+        ttft_p99_ms = PATIENCE_MS if self.ttft_p99_ms is None else self.ttft_p99_ms
+        return result.ttft_p99_ms <= ttft_p99_ms and (
             self.tpot_p99_ms is None or result.tpot_p99_ms <= self.tpot_p99_ms
         )
+
+
+PATIENCE_MS = 10_000.0
+"""What users wait for the first token where nobody has said less."""
+
+MOST_DOUBLINGS = 5
+"""How far a search for the capacity goes up from where it begins."""
 
 
 def capacity_per_s(
@@ -136,10 +148,12 @@ def capacity_per_s(
     *,
     precision: float = 0.01,
 ) -> float:
-    """The highest arrival rate that meets the objective, within `precision` of itself; 0 where none does.
+    """The highest arrival rate that meets the objective, within `precision` of itself; 0 where none does, infinity
+    where it is more than `MOST_DOUBLINGS` doublings above `rate_per_s`.
 
     Searches upwards and downwards from `rate_per_s` by doubling, then halves the interval: a rate that is met is taken
-    to mean that lower ones are.
+    to mean that lower ones are. `stream_at` should give as many more requests as the rate is higher, so that the
+    engines come to a steady state at each.
     """
 
     def is_met(rate: float) -> bool:
@@ -150,7 +164,7 @@ def capacity_per_s(
         low, high = rate_per_s, 2 * rate_per_s
         while is_met(high):
             low, high = high, 2 * high
-            if high > 1024 * rate_per_s:
+            if high > 2**MOST_DOUBLINGS * rate_per_s:
                 return math.inf
     else:
         low = rate_per_s / 2

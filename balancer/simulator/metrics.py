@@ -4,11 +4,12 @@ TTFT is from arrival to the first token (of a decode engine: the first that it m
 first to its last token by the tokens after the first; ITL the same over all requests' tokens, so long answers weigh
 more. Barrier waste is the share of all step time that equal work on all ranks would remove. The ratios are largest by
 mean over the ranks of an engine, weighted by time. Regret is how much longer a placement makes the next step than the
-best rank would have, with everything held and on its way known; a mean over placements.
+best rank would have, with everything held and on its way known; a mean over placements, NaN where none was looked at.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -86,7 +87,7 @@ def summary(run: Run) -> Summary:
         barrier_waste=recorder.waste_s / recorder.wall_s if recorder.wall_s else 0.0,
         kv_max_mean=recorder.kv_ratio_s / recorder.wall_s if recorder.wall_s else 1.0,
         requests_max_mean=recorder.request_ratio_s / recorder.wall_s if recorder.wall_s else 1.0,
-        regret_us=recorder.regret_s * 1e6 / max(recorder.placements, 1),
+        regret_us=recorder.regret_s * 1e6 / recorder.placements if recorder.placements else math.nan,
     )
 
 

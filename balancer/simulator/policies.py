@@ -8,8 +8,11 @@ ties fall alike. Each keeps what the Lua keeps in the pool's keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+REQUEST_TOKENS = 1_500
+"""KV tokens that cost a step as much as one request: the middle of 900 to 2,200 on H20 and H200 class hardware."""
 
 TURNS = 1_000_000
 """A turn is the last six digits of an in-flight id: what decides between equals."""
@@ -17,11 +20,15 @@ TURNS = 1_000_000
 
 @dataclass(slots=True)
 class Loads:
-    """What a policy sees of each rank, holding + in flight: tokens, requests, and prompt tokens not yet prefilled."""
+    """What a policy sees of each rank, holding + in flight: tokens, requests, and prompt tokens not yet prefilled.
+
+    The last is not in the project's reports; its policies know the tokens in flight alone.
+    """
 
     tokens: list[int]
     requests: list[int]
     pending: list[int]
+    in_flight: list[int] = field(default_factory=list)
 
 
 class Policy(Protocol):
@@ -63,8 +70,8 @@ class Random:
     """Any rank."""
 
     def choose(self, loads: Loads, tokens: int, turn: int) -> int:
-        """The rank whose turn it is; in-flight ids are spread evenly."""
-        return turn % len(loads.tokens)
+        """The rank whose turn it is, the least loaded counted first; in-flight ids are spread evenly."""
+        return by_load(loads)[turn % len(loads.tokens)]
 
 
 class PowerOfTwo:
@@ -76,8 +83,9 @@ class PowerOfTwo:
         if ranks == 1:
             return 0
         one, step = turn % ranks, 1 + turn // ranks % (ranks - 1)
-        other = (one + step) % ranks
-        return one if loads.tokens[one] <= loads.tokens[other] else other
+        order = by_load(loads)
+        drawn = sorted((order[one], order[(one + step) % ranks]))
+        return drawn[one_of_least([loads.tokens[rank] for rank in drawn], turn)]
 
 
 class Envelope:
@@ -113,6 +121,62 @@ class Envelope:
         return one_of_least(shares, turn)
 
 
+class CostEnvelope:
+    """The envelope in what a rank costs, tokens and requests together, instead of tokens alone.
+
+    `request_tokens` is the price of a request in tokens. Within the envelope, of the ranks with at most `slack`
+    requests more than the fewest, the dearest: what is left low is kept for giants. Where nobody fits, the least cost.
+    """
+
+    def __init__(self, request_tokens: float = REQUEST_TOKENS, slack: int = 2) -> None:
+        self._request_tokens, self._slack = request_tokens, slack
+        self._k, self._decay, self._largest = 0.25, 0.999, 0.0
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The dearest of the ranks with room and few requests."""
+        self._largest = max(float(tokens), self._largest * self._decay)
+        price, requests = self._request_tokens, loads.requests
+        costs = [held + price * count for held, count in zip(loads.tokens, requests, strict=True)]
+        room = min(max(costs), sum(costs) / len(costs) + self._k * self._largest) - tokens - price
+        fitting = [rank for rank, cost in enumerate(costs) if cost <= room]
+        if not fitting:
+            return one_of_least(costs, turn)
+        most = min(requests[rank] for rank in fitting) + self._slack
+        return max((rank for rank in fitting if requests[rank] <= most), key=costs.__getitem__)
+
+
+class PendingEnvelope:
+    """For unified engines: of the ranks with the least in flight, the one that the envelope chooses.
+
+    What is in flight is prefill ahead that no report contains yet. A step lasts as long as its longest chunk of
+    prefill, and dozens of decode steps of imbalance weigh less than one prompt that waits behind another while the next
+    rank has none. For decode engines it is the wrong rule.
+    """
+
+    def __init__(self) -> None:
+        self._envelope = Envelope()
+
+    def choose(self, loads: Loads, tokens: int, turn: int) -> int:
+        """The envelope's choice among the ranks with the fewest tokens in flight."""
+        return self.choose_among(loads, loads.in_flight, tokens, turn)
+
+    def choose_among(self, loads: Loads, ahead: Sequence[int], tokens: int, turn: int) -> int:
+        """The envelope's choice among the ranks with the least of what is `ahead`."""
+        least = min(ahead)
+        ranks = [rank for rank, pending in enumerate(ahead) if pending == least]
+        among = Loads(
+            [loads.tokens[rank] for rank in ranks],
+            [loads.requests[rank] for rank in ranks],
+            [least] * len(ranks),
+        )
+        return ranks[self._envelope.choose(among, tokens, turn)]
+
+
+def by_load(loads: Loads) -> list[int]:
+    """The ranks, the least loaded first, as the index of loads has them."""
+    return sorted(range(len(loads.tokens)), key=lambda rank: (loads.tokens[rank], rank))
+
+
 def one_of_least(values: Sequence[float], turn: int) -> int:
     """The place of the least value; of equals the one whose turn it is."""
     least = min(values)
@@ -130,5 +194,7 @@ TWINS: Mapping[str, Callable[[int], Policy]] = {
     "minimum_tokens": lambda ranks: MinimumTokens(),
     "power_of_two": lambda ranks: PowerOfTwo(),
     "envelope": lambda ranks: Envelope(),
+    "cost_envelope": lambda ranks: CostEnvelope(),
+    "pending_envelope": lambda ranks: PendingEnvelope(),
 }
 """How a twin is made for a number of ranks, by the name of its policy."""

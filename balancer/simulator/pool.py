@@ -65,7 +65,7 @@ class _View:
 
     def __init__(self, ranks: int, policy: Policy) -> None:
         self.policy = policy
-        self.loads = Loads([0] * ranks, [0] * ranks, [0] * ranks)
+        self.loads = Loads([0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks)
         self.is_old = False
         self._in_flight, self._in_flight_requests = [0] * ranks, [0] * ranks
 
@@ -73,6 +73,7 @@ class _View:
         self.loads.tokens = list(map(add, holding, self._in_flight))
         self.loads.requests = list(map(add, requests, self._in_flight_requests))
         self.loads.pending = list(map(add, pending, self._in_flight))
+        self.loads.in_flight = list(self._in_flight)
         self.is_old = False
 
     def book(self, rank: int, tokens: int) -> None:
@@ -81,6 +82,7 @@ class _View:
         self.loads.tokens[rank] += tokens
         self.loads.requests[rank] += 1
         self.loads.pending[rank] += tokens
+        self.loads.in_flight[rank] += tokens
 
     def end(self, rank: int, tokens: int) -> None:
         self._in_flight[rank] -= tokens

@@ -39,7 +39,7 @@ H20 (296 TFLOPS FP8, 148 BF16, 96 GB, 4.0 TB/s: LMSYS and Ant Group, "Serving De
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +93,8 @@ H20 = Profile(
     kv_capacity_tokens=250_000,
 )
 
-PROFILES = {profile.name: profile for profile in (H200, H20)}
+MOCK = replace(H200, name="mock", shared_prefill_us=0.0, context_ns=0.0)
+"""The price list of `scheduler_hooks.mock_engine`, which shares out nothing and takes no time for what came before."""
+
+PROFILES = {profile.name: profile for profile in (H200, H20, MOCK)}
 """Profiles by name."""

@@ -37,6 +37,8 @@ class Recorder:
         self.last_measured = count - int(count * scenario.cool_down) - 1
         self.from_s = stream.arrival_s[self.first_measured] if scenario.warm_up else 0.0
         self.until_s = stream.arrival_s[self.last_measured] if scenario.cool_down else float("inf")
+        if stream.arrival_s[0] == stream.arrival_s[-1]:  # all at once: the shares are of requests, not of time
+            self.until_s = float("inf")
         self.steps = 0
         self.wall_s = self.waste_s = self.kv_ratio_s = self.request_ratio_s = self.regret_s = 0.0
         self.placements = 0
@@ -48,8 +50,12 @@ class Recorder:
 
     def step(self, now_s: float, engine: Engine, cost: StepCost) -> None:
         """A step begins."""
+        self.count(now_s, engine.first_rank // self._size, engine.held, engine.requests, cost)
+
+    def count(self, now_s: float, engine: int, held: list[int], requests: list[int], cost: StepCost) -> None:
+        """A step of the engine of this number begins, and its ranks hold so many tokens and requests."""
         if self._seen % self._sample_every == 0:
-            self._sample(now_s, engine, cost)
+            self._sample(Sample(now_s, engine, held[:], requests[:], cost.duration_s, cost.balanced_s))
         self._seen += 1
         if not self.from_s <= now_s <= self.until_s:
             return
@@ -57,8 +63,8 @@ class Recorder:
         duration_s = cost.duration_s
         self.wall_s += duration_s
         self.waste_s += duration_s - cost.balanced_s
-        self.kv_ratio_s += duration_s * _max_to_mean(engine.held, self._size)
-        self.request_ratio_s += duration_s * _max_to_mean(engine.requests, self._size)
+        self.kv_ratio_s += duration_s * _max_to_mean(held, self._size)
+        self.request_ratio_s += duration_s * _max_to_mean(requests, self._size)
 
     def placed(self, index: int, rank: int, engines: Sequence[Engine]) -> None:
         """A placement, before it is made: what it adds to the next step, beside what the best rank would have added.
@@ -83,10 +89,7 @@ class Recorder:
         self.placements += 1
         self.regret_s += max(0.0, added[rank]) - max(0.0, min(added))
 
-    def _sample(self, now_s: float, engine: Engine, cost: StepCost) -> None:
-        sample = Sample(
-            now_s, engine.first_rank // self._size, engine.held[:], engine.requests[:], cost.duration_s, cost.balanced_s
-        )
+    def _sample(self, sample: Sample) -> None:
         self.samples.append(sample)
         if len(self.samples) > SAMPLES:
             del self.samples[1::2]

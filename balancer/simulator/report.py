@@ -52,9 +52,9 @@ def document(comparison: Comparison, capacities: Mapping[str, float] | None = No
             name: {
                 "metrics": {
                     metric.name: {
-                        "mean": comparison.estimate(name, metric.name).mean,
-                        "half_width_95": comparison.estimate(name, metric.name).half_width,
-                        "by_seed": [getattr(one, metric.name) for one in summaries],
+                        "mean": finite(comparison.estimate(name, metric.name).mean),
+                        "half_width_95": finite(comparison.estimate(name, metric.name).half_width),
+                        "by_seed": [finite(getattr(one, metric.name)) for one in summaries],
                     }
                     for metric in fields(Summary)
                 },
@@ -67,7 +67,7 @@ def document(comparison: Comparison, capacities: Mapping[str, float] | None = No
 
 
 def finite(value: float) -> float | None:
-    """The value, or None (JSON's null) for one without end."""
+    """The value, or None (JSON's null) for one without end, or that is unknown."""
     return value if math.isfinite(value) else None
 
 
@@ -90,7 +90,9 @@ def _change(change: Estimate, is_reference: bool) -> str:
 
 
 def _number(value: float) -> str:
-    if not math.isfinite(value):
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
         return "no limit"
     if abs(value) >= 1000:
         return f"{value:,.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from operator import attrgetter
 
 from balancer.simulator.experiment import Comparison
 from balancer.simulator.metrics import quantile, tpot_ms, ttft_ms
@@ -33,8 +34,9 @@ def page(comparison: Comparison, title: str, capacities: dict[str, float] | None
         "<p>The share of requests (first seed) that are at most this slow.</p>",
         *_distributions(comparison),
         "<h2>Imbalance over time</h2>",
-        "<p>The largest rank's tokens over the mean (first engine, first seed). At 1 nobody waits for anybody.</p>",
-        _imbalance(comparison),
+        "<p>The largest rank's tokens, and the largest one's requests, over the mean (first engine, first seed, the"
+        " measured part). At 1 nobody waits for anybody.</p>",
+        *_imbalance(comparison),
         "<h2>Load of each rank over time</h2>",
         "<p>Held tokens, one line for each rank of the first engine; the black line is their mean.</p>",
         *_loads(comparison),
@@ -75,17 +77,21 @@ def _distributions(comparison: Comparison) -> list[str]:
     return plots
 
 
-def _imbalance(comparison: Comparison) -> str:
-    colors, lines = _colors(comparison), []
-    for name, run in comparison.runs.items():
-        samples = [sample for sample in _measured(run) if any(sample.held)]
-        points = [(one.now_s, max(one.held) * len(one.held) / sum(one.held)) for one in samples]
-        lines.append(Line(name, _smoothed(points), colors[name]))
-    return line_plot("Tokens, max/mean", "seconds", "max/mean", lines)
+def _imbalance(comparison: Comparison) -> list[str]:
+    colors, plots = _colors(comparison), []
+    for title, counts_of in (("Tokens", attrgetter("held")), ("Requests", attrgetter("requests"))):
+        lines = []
+        for name, run in comparison.runs.items():
+            samples = [sample for sample in _shown(run) if sample.now_s >= run.recorder.from_s and any(sample.requests)]
+            counts = [(sample.now_s, counts_of(sample)) for sample in samples]
+            points = [(now_s, max(ranks) * len(ranks) / sum(ranks)) for now_s, ranks in counts]
+            lines.append(Line(name, _smoothed(points), colors[name]))
+        plots.append(line_plot(f"{title}, max/mean", "seconds", "max/mean", lines))
+    return plots
 
 
 def _loads(comparison: Comparison) -> list[str]:
-    series = {name: _thinned(_measured(run)) for name, run in comparison.runs.items()}
+    series = {name: _thinned(_shown(run)) for name, run in comparison.runs.items()}
     highest = max((max(sample.held) for samples in series.values() for sample in samples), default=1)
     plots = []
     for name, samples in series.items():
@@ -101,7 +107,7 @@ def _loads(comparison: Comparison) -> list[str]:
     return plots
 
 
-def _measured(run: Run) -> list[Sample]:
+def _shown(run: Run) -> list[Sample]:
     """The first engine, until what is measured ends: an emptying pool is no example of anything."""
     return [sample for sample in run.recorder.samples if sample.engine == 0 and sample.now_s <= run.recorder.until_s]
 

@@ -150,6 +150,7 @@ class _Simulation:
             engine.pending[:],
             received,
             engine.prefilling,
+            engine.cut,
         )
         if self._age_s:
             self._reports.append((now_s + self._age_s, report))

@@ -70,11 +70,11 @@ def line_plot(
 
 
 def dot_plot(title: str, x_label: str, dots: Sequence[Dot]) -> str:
-    """One row for each value, with its interval."""
+    """One row for each value, with its interval; the axis has 0, and a line there."""
     height = _TOP + _BOTTOM + 22 * len(dots)
     left = 150
     ends = [end for dot in dots for end in (dot.value - dot.half_width, dot.value + dot.half_width)]
-    axis = _Axis.over(ends)
+    axis = _Axis.over([0.0, *ends])
 
     def place(value: float) -> float:
         return left + axis.share(value) * (WIDTH - left - _RIGHT)
@@ -82,7 +82,8 @@ def dot_plot(title: str, x_label: str, dots: Sequence[Dot]) -> str:
     body = []
     for tick in axis.ticks():
         x = place(tick)
-        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}" stroke="#e3e3e3"/>')
+        stroke = "#888888" if tick == 0 else "#e3e3e3"
+        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}" stroke="{stroke}"/>')
         body.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 15}" text-anchor="middle">{_short(tick)}</text>')
     for row, dot in enumerate(dots):
         y = _TOP + 22 * row + 11
@@ -121,7 +122,7 @@ class _Axis:
             return [tick for tick in found if self.low <= tick <= self.high]
         rough = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)
+        step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough)
         first = math.ceil(self.low / step)
         return [number * step for number in range(first, math.floor(self.high / step) + 1)]
 

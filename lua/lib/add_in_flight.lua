@@ -1,5 +1,5 @@
 -- add_in_flight: tokens and requests enter the in-flight sums of some ranks (negative: they leave), and with them the
--- loads index. Everything is read before anything is written: a foreign value changes nothing.
+-- indices. Everything is read before anything is written: a foreign value changes nothing.
 local function add_in_flight(tokens, count)
   local ranks = {}
   for rank in pairs(tokens) do ranks[#ranks + 1] = rank end
@@ -16,4 +16,5 @@ local function add_in_flight(tokens, count)
   call('HSET', in_flight, unpack(tokens_now))
   call('HSET', in_flight_requests, unpack(requests_now))
   if #loads_now > 0 then call('ZADD', loads, unpack(loads_now)) end
+  index_queues(ranks)
 end

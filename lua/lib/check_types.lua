@@ -4,7 +4,7 @@ local function check_types()
   for _, key in ipairs({pool, engines, holding, requests, in_flight, in_flight_requests, bookings, capacity}) do
     call('HLEN', key)
   end
-  for _, key in ipairs({leases, loads, deadlines}) do call('ZCARD', key) end
+  for _, key in ipairs({leases, loads, deadlines, queues}) do call('ZCARD', key) end
   local schema, engine_lease_ms, booking_lease_ms, forget_ms =
     unpack(call('HMGET', pool, 'schema', 'engine_lease_ms', 'booking_lease_ms', 'forget_ms'))
   if schema and not (tonumber(engine_lease_ms) and tonumber(booking_lease_ms) and tonumber(forget_ms)) then

@@ -16,8 +16,11 @@ local function enter_loads(engine, held)
   end
   if #entering > 0 then call('ZADD', loads, unpack(entering)) end
   if #leaving > 0 then call('ZREM', loads, unpack(leaving)) end
+  index_queues(ranks)
 end
 
 local function leave_loads(engine)
-  call('ZREM', loads, unpack(ranks_of(engine)))
+  local ranks = ranks_of(engine)
+  call('ZREM', loads, unpack(ranks))
+  index_queues(ranks)
 end

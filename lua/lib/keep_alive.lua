@@ -2,9 +2,10 @@
 -- report; they are renewed together, when half of that has passed or one of them is new.
 local function keep_alive()
   local forget_ms = tonumber(call('HGET', pool, 'forget_ms'))
-  if call('PTTL', loads) < forget_ms or call('PTTL', engines) < forget_ms or call('PTTL', capacity) == -1 then
+  local is_due = call('PTTL', loads) < forget_ms or call('PTTL', engines) < forget_ms
+  if is_due or call('PTTL', capacity) == -1 or call('PTTL', queues) == -1 then
     for _, key in ipairs({engines, leases, loads, holding, requests, in_flight, in_flight_requests,
-      bookings, deadlines, capacity}) do
+      bookings, deadlines, capacity, queues}) do
       call('PEXPIRE', key, 2 * forget_ms)
     end
   end

@@ -4,10 +4,12 @@ local function note_ordinary(now)
   if from and from <= now and now < until_ms then return end
   local policy, lives, booking_ms, engine_ms, forget_ms =
     unpack(call('HMGET', pool, 'policy', 'lives', 'booking_lease_ms', 'engine_lease_ms', 'forget_ms'))
-  if policy ~= 'minimum_tokens' or not tonumber(lives) or call('EXISTS', capacity) == 1 then return withdraw_ordinary() end
+  local k = policy == 'minimum_tokens' and '-' or policy == 'envelope' and parameter('envelope.k', 0.25)
+  if not k or is_weighed or not tonumber(lives) or call('EXISTS', capacity) == 1 then return withdraw_ordinary() end
+  if k ~= '-' then keep_queues() end
   until_ms = now + math.min(booking_ms, engine_ms, forget_ms)
   for _, key in ipairs({leases, deadlines}) do
     until_ms = math.min(until_ms, tonumber(call('ZRANGE', key, '0', '0', 'WITHSCORES')[2]) or until_ms)
   end
-  call('HSET', pool, 'ordinary', table.concat({decimal(now), decimal(until_ms), booking_ms, lives}, ' '))
+  call('HSET', pool, 'ordinary', table.concat({decimal(now), decimal(until_ms), booking_ms, lives, k}, ' '))
 end

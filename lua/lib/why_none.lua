@@ -1,13 +1,13 @@
--- why_none: the reason for which no rank, or none of those named, is eligible. Linear in the engines.
-local function why_none(named)
-  local theirs = named and {}
-  for _, rank in ipairs(named or {}) do
-    theirs[rank], theirs[string.match(rank, '^[^/]*')] = true, true
-  end
+-- why_none: the reason for which no rank may be chosen. Linear in the engines, or, where
+-- a dispatch names ranks, in the ranks.
+local function why_none()
   local reason = 'nobody_joined'
   for _, name in ipairs(call('HKEYS', engines)) do
-    if not theirs or theirs[name] then
-      if read_engine(name).state == 'up' then return 'all_draining' end
+    local engine = read_engine(name)
+    local is_theirs = not among
+    for _, rank in ipairs(among and ranks_of(engine) or {}) do is_theirs = is_theirs or is_among(rank) end
+    if is_theirs then
+      if engine.state == 'up' then return 'all_draining' end
       reason = 'all_silent'
     end
   end

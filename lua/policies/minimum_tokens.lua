@@ -1,6 +1,13 @@
 -- minimum_tokens: the rank with the least load in tokens, holding + in-flight. The seed's rule (SGLang PR 7379), on
--- counts that are never old. Reads as many ranks as there are requests, whatever the size of the pool.
+-- counts that are never old. Reads as many ranks as there are requests, whatever the size of the pool; where ranks weigh
+-- unequally, all.
 local function minimum_tokens(batch)
-  look_at_least(#batch, tonumber(string.sub(batch[1].id, -6)))
-  return function() return 1 end
+  if not is_weighed and not is_scoped then
+    look_at_least(#batch, batch[1].turn)
+    return function() return 1 end
+  end
+  look_at_all()
+  return function(request)
+    return least(request, function(seen) return (seen.load + request.tokens) / seen.weight end)
+  end
 end

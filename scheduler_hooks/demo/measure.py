@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request from its arrival to its last token, in s of the host's monotonic clock; `rank` is the engine's."""
+
+    request_id: str
+    rank: int
+    arrived_s: float
+    dispatched_s: float
+    first_token_s: float
+    finished_s: float
 
 
 @dataclass(slots=True)
 class Times:
-    """What was seen of a stream of requests; all in ms but for the tokens."""
+    """What was seen of a stream of requests; in ms and tokens, moments in s of the host's monotonic clock."""
 
     ttft_ms: list[float] = field(default_factory=list)
     itl_ms: list[float] = field(default_factory=list)
@@ -22,10 +35,16 @@ class Times:
     output_tokens: int = 0
     first_s: float = float("inf")
     last_s: float = float("-inf")
+    served: list[Served] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Times:
+        """What another process has written down (`dataclasses.asdict`)."""
+        return cls(**{**fields, "served": [Served(**one) for one in fields["served"]]})
 
     def add(self, other: Times) -> None:
         """Take in what another replica saw of the same stream, or of another one."""
-        for name in ("ttft_ms", "itl_ms", "e2e_ms", "dispatch_ms"):
+        for name in ("ttft_ms", "itl_ms", "e2e_ms", "dispatch_ms", "served"):
             getattr(self, name).extend(getattr(other, name))
         self.input_tokens += other.input_tokens
         self.output_tokens += other.output_tokens

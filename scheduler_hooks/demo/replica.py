@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import orjson
 
 from balancer import AsyncDispatcher, BalancerError
-from scheduler_hooks.demo.measure import Times
+from scheduler_hooks.demo.measure import Served, Times
 from scheduler_hooks.mock_engine.client import MockEngineClient
 
 _TELL_EVERY_S = 0.2
@@ -36,9 +36,12 @@ class Orders:
 
 @dataclass(slots=True)
 class _Open:
-    """A request under way: when it arrived and when its last token came (s, monotonic)."""
+    """A request under way: its rank, when it arrived and was dispatched, its first and last token (s, monotonic)."""
 
+    rank: int
     arrived_s: float
+    dispatched_s: float
+    first_token_s: float = 0.0
     last_token_s: float = 0.0
 
 
@@ -67,8 +70,9 @@ class Replica:
         await asyncio.sleep(arrived_s - time.monotonic())
         asked_s = time.monotonic()
         async with self._dispatcher.booking(request_id, input_tokens) as placement:
-            self.times.dispatch_ms.append((time.monotonic() - asked_s) * 1e3)
-            self._open[request_id] = _Open(arrived_s)
+            dispatched_s = time.monotonic()
+            self.times.dispatch_ms.append((dispatched_s - asked_s) * 1e3)
+            self._open[request_id] = _Open(placement.index, arrived_s, dispatched_s)
             self._engine.send(placement.index, request_id, input_tokens, output_tokens)
         self.times.input_tokens += input_tokens
         self.times.first_s = min(self.times.first_s, arrived_s)
@@ -82,7 +86,7 @@ class Replica:
             for request_id, _ in event.tokens:
                 self._token(self._open[request_id], event.t)
             for request_id in event.finished:
-                self.times.e2e_ms.append((event.t - self._open.pop(request_id).arrived_s) * 1e3)
+                self._finished(request_id, self._open.pop(request_id))
                 self.times.last_s = event.t
             if len(self.times.e2e_ms) == len(self._orders.requests):
                 return
@@ -93,8 +97,16 @@ class Replica:
             self.times.itl_ms.append((now_s - request.last_token_s) * 1e3)
         else:
             self.times.ttft_ms.append((now_s - request.arrived_s) * 1e3)
+            request.first_token_s = now_s
         request.last_token_s = now_s
         self.times.output_tokens += 1
+
+    def _finished(self, request_id: str, request: _Open) -> None:
+        last_s = request.last_token_s
+        self.times.e2e_ms.append((last_s - request.arrived_s) * 1e3)
+        self.times.served.append(
+            Served(request_id, request.rank, request.arrived_s, request.dispatched_s, request.first_token_s, last_s)
+        )
 
     async def _tell(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from balancer.embedded import EmbeddedRedis
-from tests.bench import gather, hand_over, library, memory, report, server_time, throughput
+from tests.bench import gather, hand_over, library, memory, policies, report, server_time, throughput
 from tests.bench.measuring import Row, table
 
 Benchmark = Callable[[EmbeddedRedis, bool], list[Row]]
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "lists": throughput.lists,
     "server-time": server_time.by_ranks,
     "in-flight": server_time.in_flight,
+    "policies": policies.server_time,
     "latency": library.latency,
     "memory": memory.per_id,
     "report": report.server_time,

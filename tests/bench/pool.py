@@ -60,10 +60,10 @@ class BenchPool:
         self.incarnation = Incarnation("sglang-0", self.ranks, self.incarnation.nonce, epoch=epoch)
         self.run(self.report())
 
-    def report(self, received: Sequence[int] = ()) -> Operation[Any]:
-        """The engine's next report."""
+    def report(self, received: Sequence[int] = (), counts: Sequence[RankCounts] | None = None) -> Operation[Any]:
+        """The engine's next report: these counts, or 10,000 to 200,000 tokens on each rank."""
         self._step += 1
-        counts = [RankCounts(self._random.randint(10_000, 200_000), 64) for _ in range(self.ranks)]
+        counts = counts or [RankCounts(self._random.randint(10_000, 200_000), 64) for _ in range(self.ranks)]
         return protocol.report(self.name, self.incarnation, Report(self._step, counts, received))
 
     def requests(self, count: int) -> list[Request]:

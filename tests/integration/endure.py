@@ -85,7 +85,7 @@ def endure(stack: Stack, fault: AbstractContextManager[object], hold_s: float, a
     Asserts what no fault may break: no look at the pool shows a mistake, and every request has an answer and an end.
     """
     with stack.watch() as watch:
-        wait_until(lambda: watch.sees("is_empty"), "the pool is empty before the fault")
+        wait_until(lambda: watch.sees("is_idle"), "the pool is idle before the fault")
         expired = watch.look().expired
         runs = [stack.traffic(container, RATE) for container in stack.dispatchers]
         try:

@@ -56,6 +56,11 @@ class Look:
         return not self.bookings and not any(value for name in counts for value in self.numbers(name).values())
 
     @property
+    def is_idle(self) -> bool:
+        """Empty, with ranks to place on."""
+        return self.is_empty and bool(self.keys["loads"])
+
+    @property
     def report_age_s(self) -> float:
         """Age of the oldest last report of an engine that is in the pool."""
         reported = [

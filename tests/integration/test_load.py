@@ -24,6 +24,7 @@ def book_through(bookers: list[Booker], stack: Stack, figures: Figures, what: st
     requests = [(f"{what}-{number}", request.input_tokens) for number, request in enumerate(drawn)]
     shares = [requests[index :: len(bookers)] for index in range(len(bookers))]
     with stack.watch() as watch:
+        wait_until(lambda: watch.sees("is_idle"), "the pool is idle")
         began_s = time.monotonic()
         for booker, share in zip(bookers, shares, strict=True):
             booker.order(book=share)

@@ -7,10 +7,11 @@ oracle says what is allowed, is told what was chosen, and believes it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from balancer.model import Incarnation
+from balancer.model import Incarnation, Scope
+from balancer.protocol import ANYWHERE
 
 DEFAULTS = {
     "policy": "minimum_tokens",
@@ -19,7 +20,12 @@ DEFAULTS = {
     "forget_ms": "3600000",
     "when_silent": "refuse",
     "when_full": "refuse",
+    "slow_start_ms": "0",
+    "weights": "equal",
 }
+
+LEVEL = ("equal", "0")
+"""Weights and slow start of a pool whose ranks all count alike."""
 
 
 @dataclass(eq=False)
@@ -74,37 +80,43 @@ class Oracle:
                 requests[booking.rank] += 1
         return tokens, requests
 
-    def loads(self, among: Collection[str] = ()) -> dict[str, int]:
-        """Every eligible rank (of those named in `among`, if any are) with its load."""
+    def loads(self, scope: Scope = ANYWHERE) -> dict[str, int]:
+        """Every eligible rank within `scope`, with its load."""
         tokens, _ = self.in_flight()
         return {
             rank: self.held[rank][0] + tokens[rank]
             for rank, life in self.life_of.items()
-            if not life.silent and rank not in life.draining and (not among or rank in among)
+            if not life.silent and rank not in life.draining and scope.allows(rank)
+        }
+
+    def queues(self) -> dict[str, tuple[int, int]]:
+        """Load and requests of every eligible rank, no higher than the index of queues goes."""
+        _, requests = self.in_flight()
+        return {
+            rank: (min(load, 10**10 - 1), min(self.held[rank][1] + requests[rank], 10**5))
+            for rank, load in self.loads().items()
         }
 
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
 
-    def why_none(self, among: Collection[str] = ()) -> str:
-        engines = {rank.partition("/")[0] for rank in among}
-        lives = [
-            life
-            for life in self.lives.values()
-            if not among or (life.who.engine in engines and (life.who.index is None or life.who.name in among))
-        ]
+    def why_none(self, scope: Scope) -> str:
+        lives = [life for life in self.lives.values() if not scope.among or {*life.who.ranks} & {*scope.among}]
         if not lives:
             return "nobody_joined"
         return "all_silent" if all(life.silent for life in lives) else "all_draining"
 
-    def allowed(self, tokens: int, among: Collection[str] = ()) -> set[str]:
-        """The ranks on which the next request may be placed; empty where it fits on none."""
-        loads = self.loads(among)
+    def allowed(self, tokens: int, scope: Scope) -> set[str]:
+        """The ranks within `scope` on which the next request may be placed; empty where it fits on none."""
+        loads = self.loads(scope)
         limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
         roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
         in_turn = sorted(loads)[self.turn % len(loads)]
-        if self.settings["policy"] == "round_robin" and in_turn in roomy:
+        policy, is_level = self.settings["policy"], (self.settings["weights"], self.settings["slow_start_ms"]) == LEVEL
+        if policy == "round_robin" and is_level and in_turn in roomy:
             return {in_turn}
+        if roomy and (not is_level or policy not in ("minimum_tokens", "round_robin")):
+            return set(roomy)  # what else a policy wants is `tests/unit/test_policies.py`'s business
         if not roomy and self.settings["when_full"] == "least_loaded":
             roomy = loads
         return {rank for rank, load in roomy.items() if load == min(roomy.values())}
@@ -148,6 +160,13 @@ class Oracle:
     def book(self, id_: str, rank: str, tokens: int, now: int) -> None:
         self.bookings[id_] = Booking(rank, tokens, self.life_of[rank], now + self.ms("booking_lease_ms"))
 
+    def renew(self, id_: str, tokens: int, now: int) -> bool:
+        if not self.settings or not self.is_booked(id_):
+            return False
+        booking = self.bookings[id_]
+        booking.tokens, booking.deadline = tokens or booking.tokens, now + self.ms("booking_lease_ms")
+        return True
+
     def end(self, ids: Iterable[str]) -> int:
         return sum(self.bookings.pop(id_, None) is not None for id_ in ids)
 
@@ -169,7 +188,7 @@ class Oracle:
                 if life.silent:
                     life.silent, life.lease_ends = False, now
 
-    # -- what the eleven keys must hold
+    # -- what the keys must hold
 
     def state(self) -> dict[str, dict[str, object]]:
         tokens, requests = self.in_flight()

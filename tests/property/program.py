@@ -1,7 +1,7 @@
 """A program: random steps of dispatchers, engines, operators and time on one pool, each checked against the oracle.
 
 Every choice is one number below a limit, drawn from `below`: hypothesis draws it to shrink what fails, the soak from a
-seeded generator to run a million steps. After each step all eleven keys must hold exactly what the oracle says.
+seeded generator to run a million steps. After each step all keys must hold exactly what the oracle says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import orjson
 from balancer import protocol, scripts
 from balancer.errors import Fenced, InvalidInput, NoRankReason, WrongSize
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, Reported, Request, in_flight_id
+from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, Reported, Request, Scope, in_flight_id
+from balancer.policies import policies
 from balancer.protocol import Operation
 from tests.clock import BEGINNING_MS, CLOCK_KEY, script_with_test_clock
 from tests.property.oracle import Oracle
@@ -88,24 +89,36 @@ class Program:
         return operation.read(reply)
 
     def check(self) -> None:
-        """The eleven keys hold what the oracle says, and all but the settings end some day."""
+        """The keys hold what the oracle says, and all but the settings end some day."""
         contents, ttls = orjson.loads(self._dumped)
         found: dict[str, dict[str, Any]] = {
             name: dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
             for name, flat in zip(KEY_NAMES, contents, strict=True)
         }
-        pool = found.pop("pool")
+        pool, queues = found.pop("pool"), found.pop("queues")
         found["engines"] = {name: _engine(name, record) for name, record in found["engines"].items()}
         found["bookings"] = {id_: _booking(record) for id_, record in found["bookings"].items()}
         for name in set(found) - {"engines", "bookings"}:
             found[name] = {field: int(value) for field, value in found[name].items()}
         for name, expected in self.oracle.state().items():
             assert found[name] == expected, f"{name}: {found[name]}, the oracle says {expected}"
+        if self.oracle.settings:
+            self._check_queues(pool, {rank: int(score) for rank, score in queues.items()})
         assert {name: pool.get(name) for name in self.oracle.settings} == self.oracle.settings
         assert int(pool.get("expired", 0)) == self.oracle.expired
         assert int(pool.get("turn", 0)) == self.oracle.turn
         for name, ttl in zip(KEY_NAMES, ttls, strict=True):
             assert ttl > 0 or ttl == -2 or (name == "pool" and ttl == -1), f"{name} never ends"
+
+    def _check_queues(self, pool: dict[str, str], queues: dict[str, int]) -> None:
+        """The index that is there only where the policy wants it, and its sums."""
+        counts = self.oracle.queues() if "queue_sums" in pool else {}
+        assert queues == {rank: count * 10**10 - load for rank, (load, count) in counts.items()}
+        if counts:
+            sums = (sum(load for load, _ in counts.values()), sum(count for _, count in counts.values()), len(counts))
+            *told, fewest = map(int, pool["queue_sums"].split(" "))
+            assert tuple(told) == sums
+            assert fewest <= min(count for _, count in counts.values())
 
     def set_clock(self, now_ms: int) -> None:
         self.now = now_ms
@@ -117,11 +130,11 @@ class Program:
         count = self.pick(self.weather.list_lengths)
         requests = [Request(self.request_id(), self.pick(self.weather.tokens)) for _ in range(count)]
         want_loads, name = not self.below(self.weather.loads_wanted_one_in), f"d{self.below(3)}"
-        among = self.some_ranks() if not self.below(self.weather.restricted_one_in) else []
+        scope = self.scope() if not self.below(self.weather.restricted_one_in) else protocol.ANYWHERE
 
         def act() -> None:
-            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} among {among}")
-            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, among))
+            self.log.append(f"{name} dispatches {[(r.request_id, r.tokens) for r in requests]} {scope}")
+            answer = self.run(protocol.dispatch(POOL, name, requests, want_loads, scope))
             assert answer
             if not self.oracle.settings:
                 assert set(answer.outcomes) == {NoRankReason.NOBODY_JOINED}
@@ -130,8 +143,8 @@ class Program:
             self.oracle.recall(self.now)
             is_stale = self.oracle.nobody_fresh(self.now) and bool(self.oracle.loads())
             seen: dict[str, str] = {}
-            for request, outcome in zip(requests, answer.outcomes, strict=True):
-                self._check_outcome(name, request, outcome, seen, among)
+            for request, outcome in _in_order_of_placing(requests, answer.outcomes):
+                self._check_outcome(name, request, outcome, seen, scope)
                 assert not isinstance(outcome, Placement) or outcome.stale == is_stale
             assert answer.loads == (self.oracle.loads() if want_loads else None)
             self.check()
@@ -145,7 +158,7 @@ class Program:
         request: Request,
         outcome: Placement | NoRankReason,
         seen: dict[str, str],
-        among: Sequence[str],
+        scope: Scope,
     ) -> None:
         oracle, id_ = self.oracle, str(request.in_flight_id)
         if oracle.is_booked(id_):
@@ -155,12 +168,12 @@ class Program:
             booking.deadline = self.now + oracle.ms("booking_lease_ms")
         elif id_ in seen:
             assert outcome == seen[id_], f"{request.request_id} was {seen[id_]} in the same list"
-        elif not oracle.loads(among):
-            assert outcome == oracle.why_none(among)
+        elif not oracle.loads(scope):
+            assert outcome == oracle.why_none(scope)
             seen[id_] = outcome
         else:
             oracle.turn += oracle.settings["policy"] == "round_robin"
-            allowed = oracle.allowed(request.tokens, among)
+            allowed = oracle.allowed(request.tokens, scope)
             if not allowed:
                 assert outcome == NoRankReason.ALL_FULL
                 seen[id_] = outcome
@@ -171,11 +184,6 @@ class Program:
             assert outcome.load_tokens == oracle.loads()[outcome.rank]
             oracle.book(id_, outcome.rank, request.tokens, self.now)
 
-    def some_ranks(self) -> list[str]:
-        """Ranks for a dispatch to choose among: of one engine, as a rule, some of which are not there."""
-        known = [rank for who in self.known[-3:] for rank in who.ranks]
-        return [rank for rank in [*dict.fromkeys(known), "stranger/0"] if self.below(2)]
-
     def release(self) -> Callable[[], None]:
         names = [self.request_id() for _ in range(self.pick((1, 1, 3)))]
 
@@ -183,6 +191,26 @@ class Program:
             self.log.append(f"release {names}")
             ended = self.run(protocol.release(POOL, names))
             assert ended == self.oracle.end(str(in_flight_id(name)) for name in names)
+            self.check()
+
+        act()
+        return act
+
+    def scope(self) -> Scope:
+        """Some ranks to choose among, some to avoid, of which a few are not there; often none of either."""
+        known = [*dict.fromkeys(rank for who in self.known[-3:] for rank in who.ranks), "stranger/0"]
+        return Scope(*([rank for rank in known if named and self.below(2)] for named in (self.below(2), self.below(2))))
+
+    def renew(self) -> Callable[[], None]:
+        count = self.pick((1, 1, 3))
+        bookings = {self.request_id(): self.pick((0, *self.weather.tokens)) for _ in range(count)}
+
+        def act() -> None:
+            self.log.append(f"renew {bookings}")
+            renewed = self.run(protocol.renew(POOL, [*bookings.items()]))
+            assert renewed == sum(
+                self.oracle.renew(str(in_flight_id(name)), tokens, self.now) for name, tokens in bookings.items()
+            )
             self.check()
 
         act()
@@ -343,6 +371,9 @@ class Program:
         assert set(self.wire.ask("KEYS", "*")) == {CLOCK_KEY, f"dpb:{{{POOL}}}:pool"}
 
 
+OTHER_POLICIES = tuple({"policy": name} for name in policies() if name not in ("round_robin", "minimum_tokens"))
+
+
 @dataclass(frozen=True)
 class Weather:
     """What a program is likely to meet."""
@@ -369,11 +400,16 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
     changes=(
         {"policy": "round_robin"},
         {"policy": "minimum_tokens"},
+        *OTHER_POLICIES,
         {"when_full": "least_loaded"},
         {"when_full": "refuse"},
         {"when_silent": "last_known"},
         {"when_silent": "refuse"},
         {"engine_lease_ms": 9_000, "booking_lease_ms": 3_000},
+        {"weights": "a=2,b/1=0.25"},
+        {"weights": "equal"},
+        {"slow_start_ms": 3_000},
+        {"slow_start_ms": 0},
     ),
     loads_wanted_one_in=2,
     restricted_one_in=3,
@@ -381,6 +417,7 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
         *[Program.dispatch] * 16,
         *[Program.report] * 12,
         *[Program.release] * 6,
+        *[Program.renew] * 4,
         *[Program.join] * 4,
         *[Program.pass_time] * 6,
         *[Program.drain] * 4,
@@ -400,11 +437,15 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
     changes=(
         {"policy": "round_robin"},
         {"policy": "minimum_tokens"},
+        *OTHER_POLICIES,
+        {"when_silent": "last_known"},
         {"when_silent": "last_known"},
         {"booking_lease_ms": 600},
         {"booking_lease_ms": 1_100, "engine_lease_ms": 60_000},
         {"engine_lease_ms": 700},
         {"engine_lease_ms": 5_000},
+        {"weights": "b=0.5"},
+        {"weights": "equal"},
     ),
     loads_wanted_one_in=10,
     restricted_one_in=20,
@@ -412,6 +453,7 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
         *[Program.dispatch] * 40,
         *[Program.report] * 12,
         *[Program.release] * 6,
+        *[Program.renew] * 4,
         *[Program.pass_time] * 8,
         *[Program.join] * 3,
         *[Program.drain] * 3,
@@ -434,6 +476,18 @@ def told(program: Program, replay: str) -> Iterator[None]:
         steps = "\n  ".join(program.log[-25:])
         story = f"after {program.operations} operations, the last:\n  {steps}"
         raise AssertionError(f"{str(error) or line}\n{story}\n{replay}") from error
+
+
+def _in_order_of_placing(
+    requests: Sequence[Request], outcomes: Sequence[Placement | NoRankReason]
+) -> list[tuple[Request, Placement | NoRankReason]]:
+    """The largest first, then those that stand in the list a second time."""
+    first: dict[str, tuple[Request, Placement | NoRankReason]] = {}
+    again = []
+    for answered in zip(requests, outcomes, strict=True):
+        if first.setdefault(answered[0].request_id, answered) is not answered:
+            again.append(answered)
+    return sorted(first.values(), key=lambda answered: -answered[0].tokens) + again
 
 
 def _engine(name: str, record: str) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ from balancer import (
 )
 from balancer.admin import PoolAdmin
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.model import Incarnation, Report, in_flight_id
+from balancer.model import Incarnation, Report, Scope, in_flight_id
 from balancer.protocol import Operation
 
 Join = Callable[..., Reporter]
@@ -51,9 +51,10 @@ def engine(join: Join, dispatcher: Dispatcher) -> Reporter:
     return engine
 
 
-@pytest.fixture
-def ordinary(join: Join, dispatcher: Dispatcher) -> Reporter:
-    """The same without a limit: dispatch takes its short way."""
+@pytest.fixture(params=["minimum_tokens", "envelope"])
+def ordinary(request: pytest.FixtureRequest, join: Join, dispatcher: Dispatcher, admin: PoolAdmin) -> Reporter:
+    """The same without a limit: dispatch takes its short way, where the policy has one."""
+    admin.configure(policy=request.param)
     engine = join("e", 2)
     engine.report(1, [RankCounts(5, 1), RankCounts(6, 1)])
     dispatcher.dispatch("booked", 10)
@@ -195,7 +196,9 @@ def operations(engine: Reporter) -> dict[str, Operation[Any]]:
         "report of nothing received": protocol.report("p", known, Report(2, counts)),
         "dispatch": protocol.dispatch("p", "d", [Request("a", 1), Request("b", 2)], want_loads=True),
         "dispatch again": protocol.dispatch("p", "d", [Request("booked", 10), Request("c", 1)]),
+        "dispatch among some": protocol.dispatch("p", "d", [Request("a", 1)], scope=Scope(among=["e/0"])),
         "release": protocol.release("p", ["booked", "unknown"]),
+        "renew": protocol.renew("p", [("booked", 99), ("unknown", 1)]),
         "drain": protocol.drain("p", "e", 0),
         "undrain": protocol.drain("p", "e", undo=True),
         "leave": protocol.leave("p", known),
@@ -210,7 +213,9 @@ OPERATIONS = [
     "report of nothing received",
     "dispatch",
     "dispatch again",
+    "dispatch among some",
     "release",
+    "renew",
     "drain",
     "undrain",
     "leave",
@@ -220,23 +225,27 @@ DISPATCH_NEVER_READS = ("holding", "requests", "engines")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("policy", ["minimum_tokens", "round_robin"])
+@pytest.mark.parametrize("policy", ["minimum_tokens", "round_robin", "envelope"])
 def test_a_key_of_a_foreign_type_is_refused_and_nothing_is_written(
     engine: Reporter, run: Run, admin: PoolAdmin, client: redis.Redis, operation: str, policy: str
 ) -> None:
     admin.configure(policy=policy)
     perform = operations(engine)[operation]
     for name, key in zip(KEY_NAMES, pool_keys("p"), strict=True):
-        if operation.startswith("dispatch") and name in DISPATCH_NEVER_READS:
+        is_read = name not in (*DISPATCH_NEVER_READS, *(["queues"] if policy != "envelope" else []))
+        if operation.startswith("dispatch") and not is_read:
             continue
         for foreign in (client.set, client.rpush):
-            client.rename(key, "kept")
+            if is_there := client.exists(key):  # not all are, always
+                client.rename(key, "kept")
             foreign(key, "foreign")
             before = contents(client)
             with pytest.raises(CorruptPool, match="did not write"):
                 run(perform)
             assert contents(client) == before, f"{operation} wrote although {name} is foreign"
-            client.rename("kept", key)
+            client.delete(key)
+            if is_there:
+                client.rename("kept", key)
     run(perform)
     client.flushall()
 
@@ -245,7 +254,10 @@ WAYS = {
     "short": protocol.dispatch("p", "d", [Request("a", 1)]),
     "short again": protocol.dispatch("p", "d", [Request("booked", 10)]),
 }
-NEED_NOT_READ = {"short": {"engines", "leases"}, "short again": {"leases", "in_flight", "in_flight_requests"}}
+NEED_NOT_READ = {
+    "short": {"engines", "leases", "queues"},
+    "short again": {"leases", "in_flight", "in_flight_requests", "queues"},
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -276,6 +288,8 @@ def test_a_foreign_key_on_the_short_way_of_dispatch_changes_nothing_else(
         ("in_flight_requests", "e/0"),
         ("in_flight_requests", "e/1"),
         ("pool", "ordinary"),
+        ("pool", "queue_sums"),
+        ("pool", "largest"),
         ("bookings", str(in_flight_id("a"))),
     ],
 )
@@ -292,7 +306,7 @@ def test_junk_on_the_short_way_of_dispatch_is_refused_or_does_no_harm(
     client.flushall()
 
 
-@pytest.mark.parametrize("name", [name for name in KEY_NAMES if name != "leases"])
+@pytest.mark.parametrize("name", [name for name in KEY_NAMES if name not in ("leases", "queues")])
 def test_a_look_at_a_pool_with_a_foreign_key_is_refused_too(
     engine: Reporter, admin: PoolAdmin, client: redis.Redis, name: str
 ) -> None:

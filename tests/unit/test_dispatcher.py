@@ -33,6 +33,7 @@ from balancer.admin import PoolAdmin
 from balancer.breaker import Breaker
 from balancer.embedded import EmbeddedRedis
 from balancer.last_known import LastKnown
+from balancer.model import Scope
 from tests.either import Awaited
 
 Eventually = Callable[..., None]
@@ -410,6 +411,14 @@ def test_ties_spread_in_the_fallback_too() -> None:
     known = LastKnown(clock=Ticks())
     known.learn({f"e/{index}": 0 for index in range(4)})
     assert set(Counter(known.choose(5)[0] for _ in range(40)).values()) == {10}  # type: ignore[index]
+
+
+def test_the_fallback_keeps_to_the_ranks_that_it_is_given() -> None:
+    known = LastKnown(clock=Ticks())
+    known.learn({"a/0": 5, "a/1": 4, "b/0": 0})
+    assert known.choose(9, Scope(among=["a/0", "a/1"])) == ("a/1", 4)
+    assert known.choose(9, Scope(avoid=["b/0"])) == ("a/0", 5)
+    assert known.choose(9, Scope(among=["stranger/0"])) is None
 
 
 def test_an_empty_pool_teaches_nothing() -> None:

@@ -162,7 +162,7 @@ def test_an_engine_silent_for_long_is_forgotten(
 def test_every_key_of_an_abandoned_pool_ends_by_itself(
     join: Join, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis
 ) -> None:
-    admin.configure(forget_ms=10_000)
+    admin.configure(forget_ms=10_000, policy="envelope")
     join("e", 1)
     dispatcher.dispatch("a", 1)
     join("limited", 1, capacity_tokens=100)
@@ -170,9 +170,13 @@ def test_every_key_of_an_abandoned_pool_ends_by_itself(
         assert 0 < client.pttl(key) <= 20_000, key
 
 
-def test_a_report_prolongs_the_life_of_every_key(join: Join, dispatcher: Dispatcher, client: redis.Redis) -> None:
-    engine = join("e", 1, capacity_tokens=100)
+def test_a_report_prolongs_the_life_of_every_key(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis
+) -> None:
+    admin.configure(policy="envelope")
+    engine = join("e", 1)
     dispatcher.dispatch("a", 1)
+    join("limited", 1, capacity_tokens=100)
     for key in pool_keys("p")[1:]:
         client.pexpire(key, 1_000_000)
     engine.report(1, [RankCounts(0, 0)])

@@ -14,7 +14,7 @@ import redis
 
 from balancer import Dispatcher, InvalidInput, NoRankReason, Settings
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.scripts import compose, lua_directory, policy_names, read_part, script_names
+from balancer.scripts import compose, included, lua_directory, policy_names, read_part, script_names
 
 ROOT = Path(__file__).parents[2]
 LUA = lua_directory()
@@ -110,7 +110,7 @@ def test_the_header_of_the_keys_describes_each_in_the_same_order() -> None:
 
 def test_all_keys_of_a_pool_carry_its_hash_tag() -> None:
     assert all(key.startswith("dpb:{chat}:") for key in pool_keys("chat"))
-    assert len(set(pool_keys("chat"))) == len(KEY_NAMES) == 11
+    assert len(set(pool_keys("chat"))) == len(KEY_NAMES) == 12
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LUA)))
@@ -125,14 +125,13 @@ def test_keys_come_in_by_one_door_and_no_command_walks_the_keyspace(path: Path) 
 # -- includes
 
 
+def parts_of(script: str) -> list[str]:
+    lines = re.findall(r"^--@include (.+)$", (LUA / f"{script}.lua").read_text(), re.MULTILINE)
+    return [part for line in lines for part in included(line)]
+
+
 def test_every_part_is_included_by_some_script() -> None:
-    included = {
-        part.strip()
-        for script in script_names()
-        for line in re.findall(r"^--@include (.+)$", (LUA / f"{script}.lua").read_text(), re.MULTILINE)
-        for part in line.split(",")
-    }
-    assert included == {name_of(path) for path in PARTS}
+    assert {part for script in script_names() for part in parts_of(script)} == {name_of(path) for path in PARTS}
 
 
 @pytest.mark.parametrize("script", script_names())
@@ -143,10 +142,9 @@ def test_a_script_includes_what_it_uses_before_it_uses_it_and_nothing_else(scrip
         uses = [match.start() for match in re.finditer(rf"\b{name}\b", code)]
         defined = re.search(rf"local function (?={name}\b)", code)
         assert not uses or (defined and uses[0] == defined.end()), f"{name} of {part} is used before it is there"
-    for line in re.findall(r"^--@include (.+)$", (LUA / f"{script}.lua").read_text(), re.MULTILINE):
-        for part in line.split(", "):
-            names = defined_in(read_part(part))
-            assert not names or any(len(re.findall(rf"\b{name}\b", code)) > 1 for name in names), f"{part} is not used"
+    for part in parts_of(script):
+        names = defined_in(read_part(part))
+        assert not names or any(len(re.findall(rf"\b{name}\b", code)) > 1 for name in names), f"{part} is not used"
 
 
 def test_composing_replaces_every_include() -> None:
@@ -160,7 +158,7 @@ def test_a_script_that_is_not_there_is_called_by_its_name() -> None:
 
 
 def test_every_policy_is_one_that_dispatch_offers() -> None:
-    offered = re.search(r"POLICIES = \{(.+?)\}", (LUA / "dispatch.lua").read_text(), re.DOTALL)
+    offered = re.search(r"POLICIES = \{(.+?)\}", read_part("policies"), re.DOTALL)
     assert offered
     assert sorted(re.findall(r"(\w+) =", offered[1])) == policy_names()
 

@@ -143,7 +143,7 @@ def test_a_pool_begins_with_the_defaults_and_keeps_what_it_is_told(admin: PoolAd
     ("changes", "complaint"),
     [
         ({}, "nothing to configure"),
-        ({"policy": "fastest"}, "policy must be one of minimum_tokens, round_robin, not 'fastest'"),
+        ({"policy": "fastest"}, "policy must be one of cost_envelope, .*, round_robin, not 'fastest'"),
         ({"when_full": "explode"}, "when_full must be one of refuse, least_loaded"),
         ({"when_silent": None}, "when_silent must be one of"),
         ({"engine_lease_ms": 49}, "engine_lease_ms must be between 50 and"),

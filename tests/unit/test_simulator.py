@@ -32,9 +32,9 @@ from balancer.simulator.__main__ import main
 from balancer.simulator.baselines import Seed, SglangTotalTokens, VllmScore
 from balancer.simulator.engine import Engine, Progress
 from balancer.simulator.experiment import Estimate
-from balancer.simulator.policies import TWINS, Envelope, Loads, one_of_least
+from balancer.simulator.policies import TWINS, CostEnvelope, Envelope, Loads, PendingEnvelope, one_of_least
 from balancer.simulator.stream import decode_rate_per_s, prefill_rate_per_s, requests_per_rank, resampled
-from balancer.simulator.trials import CostEnvelope, PendingEnvelope
+from balancer.simulator.trials import PrefillEnvelope
 from balancer.workload import TimedRequest, generate, load_trace, scaled
 from scheduler_hooks.mock_engine.cost import CostModel
 from scheduler_hooks.mock_engine.scheduler import KV_CAPACITY_TOKENS
@@ -270,11 +270,13 @@ def test_the_envelope_prefers_few_requests_within_it_and_balances_both_beyond_it
     assert policy.choose(loads, 20_000, 0) == 1
 
 
-def test_the_trials_weigh_what_the_envelope_leaves_out() -> None:
+def test_other_envelopes_weigh_what_the_envelope_leaves_out() -> None:
     # 1,500 tokens a request: costs 10,500, 11,000, 4,600; the envelope ends at 8,700 + 25, so only rank 2 has room.
     assert CostEnvelope().choose(Loads([9_000, 2_000, 1_600], [1, 6, 2], [0] * 3), 100, 0) == 2
     # The fewest tokens and requests are on rank 1, but a prompt is ahead there.
-    assert PendingEnvelope().choose(Loads([9_000, 2_000, 8_000], [5, 1, 4], [0, 700, 0]), 100, 0) == 2
+    loads = Loads([9_000, 2_000, 8_000], [5, 1, 4], pending=[0, 700, 0], in_flight=[0, 700, 10])
+    assert PendingEnvelope().choose(loads, 100, 0) == 0
+    assert PrefillEnvelope().choose(loads, 100, 0) == 2
 
 
 # -- baselines
@@ -303,6 +305,25 @@ def test_sglang_publishes_every_fifteenth_decode_step() -> None:
     assert sglang.place(20.0, 0, [0]) == [0]
     sglang.observe(21.0, report(21.0, [700, 300], [1, 1]))
     assert sglang.place(22.0, 0, [0]) == [1]
+
+
+def test_sglang_and_the_seed_do_not_see_the_rest_of_a_prompt_that_a_chunk_has_cut() -> None:
+    # Rank 0 prefills 5,000 tokens in chunks of 1,000; rank 1 holds 3,000 that decode.
+    stream = stream_of((0, 5_000, 2), (0, 3_000, 90), (0.21, 100, 2))
+    scenario = Scenario(ranks=2, profile=ROUND, kind=EngineKind.PREFILL_FIRST, chunk_tokens=1_000)
+    seen: list[Report] = []
+
+    class Watching(Fixed):
+        reads = Moment.BEFORE_RELEASE
+
+        def observe(self, now_s: float, report: Report) -> None:
+            seen.append(report)
+
+    simulate(stream, scenario, lambda *_: Watching(0, 1, 1))
+    assert [one.cut for one in seen[:5]] == [{0: 4_000, 1: 2_000}, {0: 3_000, 1: 1_000}, {0: 2_000}, {0: 1_000}, {}]
+    assert seen[1].held == [5_000, 3_000]
+    assert seen[1].counted_by_sglang() == [2_000, 2_000]
+    assert seen[4].counted_by_sglang() == seen[4].held
 
 
 def test_vllm_scores_its_own_requests_the_snapshot_and_a_full_cache() -> None:
@@ -435,7 +456,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_page_that_needs_no_oth
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["balancers"]["envelope"]["metrics"]["tpot_mean_ms"]["mean"] > 20
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 9
+    assert page.count("<svg") == page.count("</svg>") == 10
     assert not re.search(r"https?:|src=|href=|<script|<link|@import|url\(", page)
     assert not re.search(r"\bnan\b|\binf\b", page)
 

@@ -10,7 +10,7 @@ import pytest
 from balancer.scripts import load_script
 
 LISTED = Path(__file__).parents[2] / "docker" / "redis" / "users.acl"
-SCRIPTS = {"dispatcher": ("dispatch", "release", "snapshot"), "hook": ("join", "report", "leave")}
+SCRIPTS = {"dispatcher": ("dispatch", "release", "renew", "snapshot"), "hook": ("join", "report", "leave")}
 BESIDE = {"eval", "evalsha", "ping"}
 
 

@@ -1,0 +1,228 @@
+"""Bookings from placement to end: this replica's whole talk with Redis.
+
+Requests that come in the same loop turn, or while earlier ones are being placed, go in one EVAL. Releases go together
+too, and wait out an absent Redis. A request that is still open after a while has its booking's lease renewed, and on an
+engine without a hook the tokens that it has generated so far are added: nobody else counts them.
+
+A client that leaves while its request is being placed cannot leave a booking behind: the placement is not broken off
+half-way but released when it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from balancer import protocol
+from balancer.dispatcher import AsyncDispatcher
+from balancer.errors import BalancerError, NoRank
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
+from balancer.protocol import MAX_IDS_PER_RELEASE
+from balancer.settings import Settings
+from balancer.store import AsyncStore
+
+log = logging.getLogger("balancer.serve")
+
+_AT_ONCE = 4
+"""EVALs under way before further requests wait to share one."""
+_MOST_WAITING = 100_000
+"""Releases kept while Redis is away; what is beyond is left to its lease."""
+_RELEASE_AGAIN_S = 0.5
+_RENEW_S = 1.0
+_SETTINGS_S = 10.0
+
+
+@dataclass(slots=True)
+class Open:
+    """A booking that may have to be renewed. `tokens`: what to book now, 0 to leave as it is; `due`: when."""
+
+    tokens: int
+    due: float
+    is_counted: bool
+
+
+@dataclass(slots=True)
+class _Asked:
+    request: Request
+    avoid: tuple[str, ...]
+    answer: asyncio.Future[Placement]
+
+
+class Bookings:
+    """The bookings of one replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.dispatcher = AsyncDispatcher(settings)
+        self.open: dict[str, Open] = {}
+        self.booking_lease_s = 60.0
+        self.policy = ""
+        self.is_pool_known = False
+        """Whether an engine has been seen in the pool."""
+        self.ranks: frozenset[str] = frozenset()
+        """All ranks of the pool, as last seen."""
+        self._store = AsyncStore(settings)
+        self._pool = settings.pool
+        self._asked: deque[_Asked] = deque()
+        self._under_way = 0
+        self._flush_is_due = False
+        self._ended: dict[str, None] = {}
+        self._releases = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Begin to release and to renew."""
+        for work in (self._release_ended, self._renew_open, self._read_settings):
+            self._keep(work())
+
+    # -- placing
+
+    def place(self, request_id: str, tokens: int, avoid: tuple[str, ...] = ()) -> asyncio.Future[Placement]:
+        """A rank for a request, booked; raises `NoRank`, `Refused` or `StoreError` by the future.
+
+        Whoever cancels the future need not release.
+        """
+        answer: asyncio.Future[Placement] = self._loop.create_future()
+        self._asked.append(_Asked(Request(request_id, tokens), avoid, answer))
+        self._want_flush()
+        return answer
+
+    def _want_flush(self) -> None:
+        if not self._flush_is_due and self._under_way < _AT_ONCE and self._asked:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        if not self._asked:
+            return
+        batch = [self._asked.popleft()]
+        avoid = batch[0].avoid
+        while self._asked and self._asked[0].avoid == avoid and len(batch) < MAX_REQUESTS_PER_DISPATCH:
+            batch.append(self._asked.popleft())
+        self._under_way += 1
+        self._keep(self._place_batch(batch, avoid))
+        self._want_flush()
+
+    async def _place_batch(self, batch: list[_Asked], avoid: tuple[str, ...]) -> None:
+        try:
+            placed = await self.dispatcher.dispatch_many([asked.request for asked in batch], avoid=avoid)
+        except Exception as error:
+            for asked in batch:
+                if not asked.answer.done():
+                    asked.answer.set_exception(error)
+        else:
+            for asked, answer in zip(batch, placed, strict=True):
+                if asked.answer.done():  # its client has gone
+                    if not isinstance(answer, NoRank):
+                        self.end(asked.request.request_id)
+                elif isinstance(answer, NoRank):
+                    asked.answer.set_exception(answer)
+                else:
+                    asked.answer.set_result(answer)
+        finally:
+            self._under_way -= 1
+            self._want_flush()
+
+    # -- ending
+
+    def end(self, request_id: str) -> None:
+        """Release a booking soon; harmless where it has ended already."""
+        self.open.pop(request_id, None)
+        if len(self._ended) < _MOST_WAITING:
+            self._ended[request_id] = None
+            self._releases.set()
+
+    async def end_now(self, request_id: str) -> None:
+        """Release a booking before going on: the same request is about to be placed again."""
+        self.open.pop(request_id, None)
+        with contextlib.suppress(BalancerError):
+            await self.dispatcher.release(request_id)
+
+    async def _release_ended(self) -> None:
+        while True:
+            await self._releases.wait()
+            self._releases.clear()
+            while self._ended:
+                if not await self._release(list(self._ended)[:MAX_IDS_PER_RELEASE]):
+                    await asyncio.sleep(_RELEASE_AGAIN_S)
+
+    async def _release(self, ids: Sequence[str]) -> bool:
+        try:
+            await self.dispatcher.release(*ids)
+        except BalancerError as error:
+            log.warning("pool=%s bookings not released: %s", self._pool, error)
+        else:
+            if self.dispatcher.is_falling_back:
+                return False
+        for request_id in ids:
+            self._ended.pop(request_id, None)
+        return True
+
+    # -- lasting
+
+    def watch(self, placement: Placement, is_counted: bool) -> Open | None:
+        """Renew this booking's lease while its request is open. `is_counted`: on an engine that does not count itself;
+        then the caller keeps `tokens` of what is returned at what the request holds now."""
+        if placement.outcome is Outcome.FALLBACK:
+            return None
+        wait_s = min(_RENEW_S, self.booking_lease_s / 4) if is_counted else self.booking_lease_s / 4
+        tokens = placement.request.tokens if is_counted else 0
+        opened = Open(tokens, time.monotonic() + wait_s, is_counted)
+        self.open[placement.request.request_id] = opened
+        return opened
+
+    async def _renew_open(self) -> None:
+        while True:
+            every_s = min(_RENEW_S, self.booking_lease_s / 4)
+            await asyncio.sleep(every_s)
+            now = time.monotonic()
+            due = [(request_id, opened) for request_id, opened in self.open.items() if opened.due <= now]
+            for start in range(0, len(due), protocol.MAX_IDS_PER_RENEW):
+                part = due[start : start + protocol.MAX_IDS_PER_RENEW]
+                for _, opened in part:
+                    opened.due = now + (every_s if opened.is_counted else self.booking_lease_s / 4)
+                if self.dispatcher.is_falling_back:
+                    continue
+                try:
+                    await self._store.run(protocol.renew(self._pool, [(id_, opened.tokens) for id_, opened in part]))
+                except BalancerError as error:
+                    log.warning("pool=%s bookings not renewed: %s", self._pool, error)
+
+    async def look(self) -> None:
+        """Read what the pool has agreed on and which ranks it has; an absent Redis leaves it as it was."""
+        with contextlib.suppress(BalancerError):
+            snapshot = await self.dispatcher.snapshot()
+            self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
+            self.policy = snapshot.settings.policy
+            self.is_pool_known = bool(snapshot.engines)
+            self.ranks = frozenset(view.rank for view in snapshot.ranks)
+
+    async def _read_settings(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(_SETTINGS_S if self.is_pool_known else _RELEASE_AGAIN_S)
+
+    # -- stopping
+
+    async def stop(self, within_s: float = 2.0) -> None:
+        """Release what has ended, and close the connections."""
+        deadline = time.monotonic() + within_s
+        while (self._ended or self._under_way) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.dispatcher.aclose()
+        await self._store.aclose()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,166 @@
+"""The decision alone, for people who keep their own proxy.
+
+    POST /balancer/v1/dispatch   {"request_id", "tokens"} or {"path", "body"}  ->  rank, address, the headers to send
+    POST /balancer/v1/release    {"request_id"} or {"request_ids"}             ->  {"released": n}
+    any  /balancer/v1/authorize  the same decision for nginx' auth_request and Envoy's ext_authz: 200 and headers
+
+`authorize` takes the request's id from X-Request-Id and its tokens from X-Balancer-Tokens, else from the body where the
+proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
+Content-Length). A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from balancer.errors import BalancerError, InvalidInput, NoRank, NoRankReason
+from balancer.marker import marked
+from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
+from balancer.serve import wire
+from balancer.serve.complaint import complaint, status_of
+from balancer.serve.endpoints import Malformed, is_placed, read_body
+from balancer.serve.inbound import Inbound
+from balancer.serve.options import Engine
+
+if TYPE_CHECKING:
+    from balancer.serve.replica import Replica
+
+PREFIX = b"/balancer/v1/"
+_AUTHORIZE = PREFIX + b"authorize"
+Answered = tuple[int, wire.Headers, bytes]
+
+
+async def decide(replica: Replica, request: Inbound) -> Answered:
+    """Answer a request to one of the paths above."""
+    try:
+        if request.path == PREFIX + b"dispatch":
+            return await _dispatch(replica, request) if request.method == "POST" else _wrong_method()
+        if request.path == PREFIX + b"release":
+            return await _release(replica, request) if request.method == "POST" else _wrong_method()
+        if request.path == _AUTHORIZE or request.path.startswith(_AUTHORIZE + b"/"):
+            return await _authorize(replica, request)
+    except NoRank as error:
+        status = status_of(error)
+        replica.metrics.decided("", error.reason.value)
+        return (status, *complaint(status, str(error), error.reason.value))
+    except (InvalidInput, Malformed) as error:
+        return (400, *complaint(400, str(error), "invalid_body"))
+    except BalancerError:
+        return (503, *complaint(503, "the dispatcher's store refuses to place requests", "store_refused"))
+    return (404, *complaint(404, "there are dispatch, release and authorize", "unknown_path"))
+
+
+async def _dispatch(replica: Replica, request: Inbound) -> Answered:
+    fields = _object(request.body)
+    path = str(fields.get("path", "/v1/completions")).encode()
+    request_id = _given_id(fields.get("request_id"))
+    tokens = fields.get("tokens")
+    if tokens is None:
+        if not isinstance(fields.get("body"), dict):
+            raise InvalidInput("give the prompt's tokens, or path and body of the request")
+        tokens = (await replica.tokens.count_exactly(read_body(path, orjson.dumps(fields["body"])))).tokens
+    tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
+    placement, engine, index = await _place(replica, request_id, tokens)
+    answer = {
+        "request_id": request_id,
+        "rank": placement.rank,
+        "engine": engine.name,
+        "index": index,
+        "url": engine.url,
+        "outcome": placement.outcome.value,
+        "load_tokens": placement.load_tokens,
+        "tokens": tokens,
+        "headers": {name.decode(): value.decode() for name, value in _headers(engine, path, index, request_id)},
+    }
+    return 200, [(b"Content-Type", b"application/json")], orjson.dumps(answer)
+
+
+async def _release(replica: Replica, request: Inbound) -> Answered:
+    fields = _object(request.body) if request.body else {}
+    ids = fields.get(
+        "request_ids", [fields.get("request_id") or (request.header(b"x-request-id") or b"").decode("latin-1")]
+    )
+    if not isinstance(ids, list) or not 1 <= len(ids) <= 1000:
+        raise InvalidInput("give request_id, or request_ids: a list of up to 1,000")
+    for request_id in ids:
+        checked_request_id(request_id)
+    released = await replica.bookings.dispatcher.release(*ids)
+    return 200, [(b"Content-Type", b"application/json")], orjson.dumps({"released": released})
+
+
+async def _authorize(replica: Replica, request: Inbound) -> Answered:
+    original = request.header(b"x-original-uri") or request.path[len(_AUTHORIZE) :]
+    path = original.partition(b"?")[0]
+    method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
+    if not is_placed(method, path):
+        return 200, [], b""  # not placed: the proxy sends it anywhere
+    request_id = wire.safe_request_id(request.header(b"x-request-id")) or _new_id()
+    placement, engine, index = await _place(replica, request_id, await _tokens(replica, request, path))
+    headers = [
+        *_headers(engine, path, index, request_id),
+        (b"X-Balancer-Request-Id", request_id.encode()),
+        (b"X-Balancer-Rank", placement.rank.encode()),
+        (b"X-Balancer-Address", engine.address.encode()),
+    ]
+    return 200, headers, b""
+
+
+async def _tokens(replica: Replica, request: Inbound, path: bytes) -> int:
+    if told := request.header(b"x-balancer-tokens"):
+        if not told.isdigit():
+            raise InvalidInput("X-Balancer-Tokens must be a whole number")
+        return checked_count(int(told), "X-Balancer-Tokens", 1, MAX_TOKENS)
+    if request.body:
+        return (await replica.tokens.count_exactly(read_body(path, request.body))).tokens
+    length = request.header(b"x-original-content-length") or b"0"
+    return max(1, replica.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
+
+
+async def _place(replica: Replica, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
+    for _ in range(2):
+        placement = await replica.bookings.place(request_id, tokens, replica.avoided())
+        found = replica.target_of(placement)
+        if found is not None:
+            break
+        await replica.bookings.end_now(request_id)
+        await replica.bookings.look()
+    else:
+        raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
+    replica.metrics.policy = replica.bookings.policy
+    replica.metrics.decided(placement.rank, placement.outcome.value)
+    return placement, found[0].engine, found[1]
+
+
+def _headers(engine: Engine, path: bytes, index: int, request_id: str) -> wire.Headers:
+    sent = marked(request_id) if engine.hooked else request_id
+    return [*wire.rank_headers(engine, path, index), (b"X-Request-Id", sent.encode())]
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise InvalidInput("the body is not JSON") from None
+    if not isinstance(fields, dict):
+        raise InvalidInput("the body must be a JSON object")
+    return fields
+
+
+def _new_id() -> str:
+    return f"req-{random.getrandbits(64):016x}"
+
+
+def _given_id(given: object) -> str:
+    if given is None:
+        return _new_id()
+    safe = wire.safe_request_id(given.encode("utf-8", "replace")) if isinstance(given, str) else None
+    if safe is None:
+        raise InvalidInput("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
+    return safe
+
+
+def _wrong_method() -> Answered:
+    return (405, *complaint(405, "POST it", "wrong_method"))

@@ -1,0 +1,163 @@
+"""What a request asks for, as far as placing it needs to know: from its path and its body. Pure; changes neither.
+
+A body is parsed to be looked at; what goes on to the engine are its own bytes (`wire` splices, and says where).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+PLACED = frozenset(
+    (
+        b"/v1/chat/completions",
+        b"/v1/completions",
+        b"/v1/responses",
+        b"/v1/messages",
+        b"/v1/embeddings",
+        b"/generate",
+    )
+)
+"""Paths whose POST is placed on a rank; every other request passes through to some engine."""
+
+IMAGE_TOKENS = 1_000
+"""Booked for an image or a file, whose tokens only the engine knows."""
+_MESSAGE_TOKENS = 4
+"""What a chat template puts around a message."""
+_RID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+"""An id that the body brings along is used where it can stand in a header; the engine gets it in either case."""
+_LENIENT_MOST = 1 << 20
+_DEEPEST = 64
+
+
+class Malformed(ValueError):
+    """The body is not what this path takes. The message is for the client, and quotes none of it."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a body tells: `ids`: prompt tokens where it carries token ids; `texts`: what else has to be counted, with
+    `extra` tokens beside; `copies`: answers wanted per prompt; `prompts`: how many; `rid`: an id of its own."""
+
+    ids: int = 0
+    texts: list[str] | None = None
+    extra: int = 0
+    copies: int = 1
+    prompts: int = 1
+    stream: bool = False
+    rid: str | None = None
+    has_rid: bool = False
+    fields: dict[str, Any] | None = None
+
+    @property
+    def fans_out(self) -> bool:
+        """Whether the engine makes several requests of this one."""
+        return self.copies * self.prompts > 1
+
+
+def is_placed(method: str, path: bytes) -> bool:
+    """Whether a request is placed on a rank; `path` without its query."""
+    return method == "POST" and path in PLACED
+
+
+def read_body(path: bytes, body: bytes) -> Asked:
+    """What a body for `path` asks for; raises `Malformed`."""
+    fields = _parsed(body)
+    if not isinstance(fields, dict):
+        raise Malformed("the body must be a JSON object")
+    asked = Asked(texts=[], fields=fields, stream=fields.get("stream") is True)
+    key = "request_id" if path == b"/v1/responses" else "rid"
+    asked.has_rid = key in fields
+    if isinstance(rid := fields.get(key), str) and _RID.fullmatch(rid):
+        asked.rid = rid
+    if path == b"/generate":
+        _read_generate(fields, asked)
+    elif path in (b"/v1/completions", b"/v1/embeddings"):
+        _read_prompts(fields.get("prompt") if path == b"/v1/completions" else fields.get("input"), asked)
+    else:
+        _read_messages(fields, asked)
+    copies = fields.get("n")
+    if path == b"/generate":
+        sampling = fields.get("sampling_params")
+        copies = sampling.get("n") if isinstance(sampling, dict) else None
+    if isinstance(copies, int) and not isinstance(copies, bool) and 1 < copies <= 1024:
+        asked.copies = copies
+    return asked
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # Engines read by Python's own parser, which takes NaN and Infinity too.
+        if len(body) <= _LENIENT_MOST and (b"NaN" in body or b"Infinity" in body):
+            try:
+                return json.loads(body)
+            except (ValueError, RecursionError):
+                pass
+        raise Malformed(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+
+
+def _read_generate(fields: dict[str, Any], asked: Asked) -> None:
+    if (ids := fields.get("input_ids")) is not None:
+        _read_prompts(ids, asked)
+    elif (text := fields.get("text")) is not None:
+        _read_prompts(text, asked)
+    for medium in ("image_data", "video_data", "audio_data"):
+        if data := fields.get(medium):
+            asked.extra += IMAGE_TOKENS * (len(data) if isinstance(data, list) else 1)
+
+
+def _read_prompts(prompt: Any, asked: Asked) -> None:
+    """A text, a list of texts, a list of token ids, or a list of such lists."""
+    assert asked.texts is not None
+    if isinstance(prompt, str):
+        asked.texts.append(prompt)
+    elif isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], int):
+            asked.ids += len(prompt)
+            return
+        asked.prompts = len(prompt)
+        for one in prompt:
+            if isinstance(one, str):
+                asked.texts.append(one)
+            elif isinstance(one, list):
+                asked.ids += len(one)
+
+
+def _read_messages(fields: dict[str, Any], asked: Asked) -> None:
+    """Chat, responses and messages: every text that a template may put into the prompt."""
+    assert asked.texts is not None
+    listed = fields.get("messages", fields.get("input"))
+    if isinstance(listed, str):
+        asked.texts.append(listed)
+    elif isinstance(listed, list):
+        asked.extra += _MESSAGE_TOKENS * len(listed)
+        for message in listed:
+            asked.texts.extend(_texts(message, asked, 0))
+    for key in ("system", "instructions", "prompt"):
+        if (more := fields.get(key)) is not None:
+            asked.texts.extend(_texts(more, asked, 0))
+    if tools := fields.get("tools"):
+        asked.texts.append(orjson.dumps(tools).decode())
+
+
+def _texts(part: Any, asked: Asked, depth: int) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, list) and depth < _DEEPEST:
+        for one in part:
+            yield from _texts(one, asked, depth + 1)
+    elif isinstance(part, dict) and depth < _DEEPEST:
+        kind = part.get("type")
+        if isinstance(kind, str) and ("image" in kind or "audio" in kind or "video" in kind or "file" in kind):
+            asked.extra += IMAGE_TOKENS
+            return
+        for key in ("content", "text", "tool_calls", "function", "arguments", "input", "output", "name"):
+            if (more := part.get(key)) is not None:
+                yield from _texts(more, asked, depth + 1)

@@ -1,0 +1,342 @@
+"""One request's way: read what it asks for, place it, send it, pass the answer on, end its booking.
+
+Until the answer's first byte another rank or engine may be tried, within the retry budget; after it, what happens is
+passed on as it is: a broken answer breaks off at the client too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from balancer.errors import BalancerError, NoRank, NoRankReason
+from balancer.model import Outcome, Placement
+from balancer.serve import wire
+from balancer.serve.access_log import Entry
+from balancer.serve.bookings import Open
+from balancer.serve.complaint import complaint, status_of
+from balancer.serve.endpoints import Asked, Malformed, is_placed, read_body
+from balancer.serve.front import Client
+from balancer.serve.inbound import Inbound
+from balancer.serve.tokens import Counted
+from balancer.serve.upstream import Answer, Connection, UpstreamError
+
+if TYPE_CHECKING:
+    from balancer.serve.replica import Replica, Target
+
+log = logging.getLogger("balancer.serve")
+
+_TRY_ELSEWHERE = frozenset((502, 503))
+"""What an engine that starts, stops or is broken answers, before it has done anything."""
+_USAGE = re.compile(rb'"(?:prompt_tokens|input_tokens)":\s*(\d+)')
+_TAIL = 2048
+_DATA = b"data:"
+
+
+@dataclass(slots=True)
+class _Try:
+    """One attempt: where to, and with which booking."""
+
+    target: Target
+    index: int | None
+    placement: Placement | None = None
+
+
+class Exchange:
+    """A request and its answer."""
+
+    def __init__(self, replica: Replica, client: Client, request: Inbound) -> None:
+        self._replica = replica
+        self._client = client
+        self._request = request
+        own = wire.safe_request_id(request.header(b"x-request-id"))
+        self._request_id = own or f"req-{random.getrandbits(64):016x}"
+        # Two clients may send one id: a booking's is our own.
+        self._booking_id = f"{own}.{random.getrandbits(32):08x}" if own else self._request_id
+        trace = request.header(b"traceparent")
+        self.entry = Entry(
+            self._request_id,
+            request.method,
+            request.path.decode("latin-1"),
+            request.received,
+            trace=trace[3:35].decode("latin-1") if trace and len(trace) >= 35 else "",
+        )
+        self._asked = Asked()
+        self._counted = Counted(1, "none")
+        self._placed = is_placed(request.method, request.path)
+        self._opened: Open | None = None
+        self._booked = False
+        self._last_whole = False
+        self._tail = b""
+
+    async def run(self) -> None:
+        """Answer the request. Cancelled when the client goes."""
+        entry, metrics = self.entry, self._replica.metrics
+        metrics.in_flight.inc()
+        try:
+            await self._answer()
+        except asyncio.CancelledError:
+            entry.ended = "client_gone"
+            metrics.gone.inc()
+            raise
+        finally:
+            if self._booked:
+                self._replica.bookings.end(self._booking_id)
+            metrics.in_flight.dec()
+            metrics.answered(entry.path if self._placed else "other", entry.status)
+            metrics.duration.observe(time.monotonic() - entry.began)
+            if self._replica.options.access_log:
+                entry.write()
+
+    async def _answer(self) -> None:
+        replica = self._replica
+        if self._placed:
+            try:
+                await self._read()
+            except Malformed as error:
+                return self._refuse(400, str(error), "invalid_body")
+        replica.retries.earn()
+        failed: set[str] = set()
+        attempt: _Try | None = None
+        why = UpstreamError("", False)
+        for number in range(replica.options.tries):
+            entry = self.entry
+            entry.tries = number + 1
+            try:
+                attempt = await self._choose(tuple(sorted(failed)))
+            except NoRank as error:
+                if failed:
+                    break
+                replica.metrics.decided("", error.reason.value)
+                return self._refuse(status_of(error), str(error), error.reason.value)
+            except BalancerError as error:
+                log.warning("request=%s cannot be placed: %s", self._request_id, error)
+                return self._refuse(503, "the dispatcher's store refuses to place requests", "store_refused")
+            is_last = number + 1 == replica.options.tries
+            try:
+                connection, answer = await self._send(attempt)
+            except UpstreamError as error:
+                why = error
+                attempt.target.stand_in.suspect(is_certain=not error.connected)
+                failed.update(attempt.target.engine.ranks)
+                log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
+                reason = "broke_off" if error.connected else "no_connection"
+                if is_last or not replica.retries.spend():
+                    break
+                replica.metrics.retried(reason)
+                await self._unbook()
+                continue
+            if (
+                answer.status in _TRY_ELSEWHERE
+                and not is_last
+                and replica.has_other(attempt.target)
+                and replica.retries.spend()
+            ):
+                replica.metrics.retried(f"status_{answer.status}")
+                failed.update(attempt.target.engine.ranks)
+                connection.give_back()
+                await self._unbook()
+                continue
+            return await self._pass_on(attempt, connection, answer)
+        timed_out = isinstance(why.__cause__, TimeoutError)
+        message = (
+            f"no engine answered in {self.entry.tries} tries: {why}"
+            if self.entry.tries > 1
+            else f"the engine failed: {why}"
+        )
+        return self._refuse(504 if timed_out else 502, message, "engine_failed")
+
+    # -- before it is sent
+
+    async def _read(self) -> None:
+        request, counter = self._request, self._replica.tokens
+        if request.header(b"content-encoding") or request.header(b"x-body-compressed"):
+            # Not ours to unpack: the engine gets it as it is, and it counts by its size.
+            self._asked = Asked(has_rid=True)
+            self._counted = Counted(counter.estimate.tokens(len(request.body)), "estimate")
+        else:
+            self._asked = read_body(request.path, request.body)
+            self._counted = await counter.count_exactly(self._asked) if counter.is_exact else counter.count(self._asked)
+        self._booking_id = self._asked.rid or self._booking_id
+        self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source
+
+    async def _choose(self, failed: tuple[str, ...]) -> _Try:
+        """Where to send it; raises `NoRank`."""
+        replica, entry = self._replica, self.entry
+        if not self._placed:
+            target = replica.any_target(failed)
+            entry.engine = target.engine.name
+            return _Try(target, None)
+        bookings = replica.bookings
+        lets_engine_choose = replica.options.redis_away == "engine"
+        began = time.monotonic()
+        self._booked = True
+        for _ in range(2):
+            try:
+                placement = await bookings.place(self._booking_id, self._counted.tokens, (*replica.avoided(), *failed))
+            except NoRank as error:
+                if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
+                    return self._unplaced(failed)
+                raise
+            found = replica.target_of(placement)
+            if found is not None:
+                break
+            # A rank of an engine that this replica was not told of: see which others there are.
+            await self._unbook()
+            await bookings.look()
+        else:
+            raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
+        if lets_engine_choose and placement.outcome is Outcome.FALLBACK:
+            return self._unplaced(failed)
+        target, index = found
+        entry.placed = time.monotonic()
+        entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
+        replica.metrics.dispatch.observe(entry.placed - began)
+        replica.metrics.policy = bookings.policy
+        replica.metrics.decided(placement.rank, placement.outcome.value)
+        if placement.outcome is Outcome.FALLBACK:
+            self._booked = False
+        else:
+            self._opened = bookings.watch(placement, is_counted=not target.engine.hooked)
+        return _Try(target, index, placement)
+
+    def _unplaced(self, failed: tuple[str, ...]) -> _Try:
+        """Redis is away, and the operator would have the engine choose."""
+        target = self._replica.any_target(failed)
+        self.entry.engine, self.entry.outcome = target.engine.name, "engine_chooses"
+        self._replica.metrics.decided("", "engine_chooses")
+        return _Try(target, None)
+
+    async def _unbook(self) -> None:
+        """Before the same request is placed again."""
+        if self._booked:
+            self._opened = None
+            await self._replica.bookings.end_now(self._booking_id)
+
+    # -- sending and passing on
+
+    async def _send(self, attempt: _Try) -> tuple[Connection, Answer]:
+        """Send it, once more where a kept connection turns out to be closed; raises `UpstreamError`."""
+        data, request = self._bytes_for(attempt), self._request
+        while True:
+            connection, is_reused = await attempt.target.pool.acquire()
+            try:
+                head = connection.send(data, request.method == "HEAD")
+                answer = await asyncio.wait_for(head, self._replica.options.first_byte_s)
+            except TimeoutError as error:
+                connection.give_back()
+                raise UpstreamError("no answer in time", True) from error
+            except UpstreamError:
+                connection.give_back()
+                if not is_reused:
+                    raise
+            except BaseException:
+                connection.give_back()
+                raise
+            else:
+                return connection, answer
+
+    def _bytes_for(self, attempt: _Try) -> bytes:
+        request, engine = self._request, attempt.target.engine
+        body, more = request.body, [(b"X-Request-Id", wire.id_header(engine, self._request_id))]
+        if self._placed:
+            more = [(b"X-Request-Id", wire.id_header(engine, self._booking_id if engine.hooked else self._request_id))]
+            more += wire.rank_headers(engine, request.path, attempt.index)
+            if self._asked.fields is not None:
+                body = wire.body_for(engine, request.path, self._asked, self._booking_id, attempt.index, body)
+        options = self._replica.options
+        if options.engine_key:
+            more.append((b"Authorization", b"Bearer " + options.engine_key.encode()))
+        return (
+            wire.request_head(
+                engine,
+                request.method,
+                request.target,
+                request.headers,
+                more,
+                len(body) if request.has_body else None,
+                drop_authorization=bool(options.api_keys or options.engine_key),
+            )
+            + body
+        )
+
+    async def _pass_on(self, attempt: _Try, connection: Connection, answer: Answer) -> None:
+        entry, client, request, replica = self.entry, self._client, self._request, self._replica
+        entry.status, entry.first_byte = answer.status, time.monotonic()
+        replica.metrics.first_byte.observe(entry.first_byte - entry.began)
+        if (
+            self._booked
+            and attempt.target.engine.hooked
+            and not wire.can_match(attempt.target.engine, request.path, self._asked)
+        ):
+            # The engine has it, and its hook cannot know it by our id: its own count holds it from here on.
+            self._booked = False
+            self._opened = None
+            replica.bookings.end(self._booking_id)
+        is_open_ended = answer.length is None and not answer.is_chunked and request.method != "HEAD"
+        unchunk = request.is_http_10 and answer.is_chunked
+        if unchunk or (is_open_ended and answer.status not in (204, 304)):
+            request.keep_alive = False
+        client.write(self._head_for(attempt, answer, unchunk))
+        client.on_pause, client.on_resume = connection.pause, connection.resume
+        try:
+            await connection.relay(self._sink(), plain=unchunk)
+        except UpstreamError as error:
+            entry.ended = "cut"
+            log.info("request=%s engine=%s broke off: %s", self._request_id, attempt.target.engine.url, error)
+            client.break_off()
+        else:
+            self._learn()
+        finally:
+            client.on_pause = client.on_resume = None
+            connection.give_back()
+
+    def _head_for(self, attempt: _Try, answer: Answer, unchunk: bool) -> bytes:
+        more: wire.Headers = []
+        if answer.header(b"x-request-id") is None:
+            more.append((b"X-Request-Id", self._request_id.encode()))
+        if self._replica.options.show_rank and attempt.placement is not None:
+            more.append((b"X-Balancer-Rank", attempt.placement.rank.encode()))
+        closes = self._client.closes_after(self._request)
+        drop = frozenset((b"transfer-encoding", b"trailer")) if unchunk else frozenset[bytes]()
+        if self._request.is_http_10 and not closes:
+            more.append((b"Connection", b"keep-alive"))
+        return wire.answer_head(answer.status_line, answer.headers, more, closes, drop)
+
+    def _sink(self) -> Callable[[bytes], None]:
+        """What takes the answer's pieces: a closure, for it is called for each."""
+        transport, entry = self._client.transport, self.entry
+        write, is_closing = transport.write, transport.is_closing
+        counted = self._opened if self._opened is not None and self._opened.is_counted else None
+
+        def sink(data: bytes) -> None:
+            if is_closing():  # the client has gone in this loop turn: uvloop would raise
+                return
+            write(data)
+            entry.sent_bytes += len(data)
+            self._tail = data if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
+            if counted is not None:
+                counted.tokens += data.count(_DATA)
+
+        return sink
+
+    def _learn(self) -> None:
+        """The engine's own count of the prompt, where the answer tells it."""
+        found = _USAGE.search(self._tail)
+        if found and self._placed and self.entry.status == 200 and int(found[1]):
+            actual, counted = int(found[1]), self._counted
+            if counted.source != "none" and self._asked.copies == 1:
+                self._replica.metrics.counted(counted.source, counted.tokens, actual)
+                if counted.text_bytes:
+                    self._replica.tokens.estimate.learn(counted.text_bytes, actual - self._asked.extra)
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        self.entry.status, self.entry.ended = status, "refused"
+        headers, body = complaint(status, message, code, self._request.path, self._request_id)
+        self._client.respond(self._request, status, headers, body)

@@ -1,0 +1,319 @@
+"""Connections to engines: one pool for each address, kept alive, TCP_NODELAY.
+
+An answer's body is not rebuilt: its bytes go to the client as the engine wrote them, chunk sizes, extensions and
+trailers included, in the same loop turn in which they came. All that is read of them is where they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable
+
+import httptools
+
+from balancer.serve.options import Engine
+from balancer.serve.wire import Headers
+
+_MOST_HEAD = 256 * 1024
+_MOST_KEPT = 512
+"""Idle connections kept for one engine."""
+_KEPT_S = 4.0
+"""Shorter than what engines keep idle connections for (uvicorn: 5 s)."""
+_FORBIDDEN_BODY = frozenset((204, 304))
+
+
+class UpstreamError(Exception):
+    """The engine did not answer. `connected`: whether it had taken the connection."""
+
+    def __init__(self, message: str, connected: bool) -> None:
+        super().__init__(message)
+        self.connected = connected
+
+
+class Answer:
+    """An answer's head."""
+
+    __slots__ = ("headers", "is_chunked", "length", "status", "status_line")
+
+    def __init__(self, head: bytes) -> None:
+        lines = head.split(b"\r\n")
+        self.status_line = lines[0]
+        if not lines[0].startswith(b"HTTP/1.") or not lines[0][9:12].isdigit():
+            raise UpstreamError("the engine's answer is not HTTP/1.1", True)
+        self.status = int(lines[0][9:12])
+        self.headers: Headers = []
+        self.length: int | None = None
+        self.is_chunked = False
+        for line in lines[1:]:
+            name, colon, value = line.partition(b":")
+            value = value.strip()
+            low = name.lower()
+            if not colon or not name or name[0] in b" \t":
+                raise UpstreamError("the engine's answer has a broken header", True)
+            if low == b"content-length":
+                if not value.isdigit() or (self.length is not None and int(value) != self.length):
+                    raise UpstreamError("the engine's answer has no clear length", True)
+                self.length = int(value)
+            elif low == b"transfer-encoding":
+                self.is_chunked = value.lower().endswith(b"chunked")
+            self.headers.append((name, value))
+        if self.is_chunked and self.length is not None:
+            raise UpstreamError("the engine's answer has two lengths", True)
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of this (lower-case) name."""
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an engine; one exchange at a time."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]
+        self.idle_since = 0.0
+        self.is_used = False
+        self._loop = asyncio.get_running_loop()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._buffer = b""
+        self._head: asyncio.Future[Answer] | None = None
+        self._done: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], None] | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._chunked_head = b""
+        self._left: int | None = None
+        self._is_whole = False
+        self._keeps = True
+        self._no_body = False
+        self._lost: UpstreamError | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Connected."""
+        self.transport = transport  # type: ignore[assignment]
+
+    def send(self, data: bytes, no_body: bool) -> asyncio.Future[Answer]:
+        """Send a request; the future is its answer's head. `no_body`: the method is HEAD."""
+        self._reset()
+        self.is_used = True
+        self._no_body = no_body
+        self._head = self._loop.create_future()
+        self.transport.write(data)
+        return self._head
+
+    def relay(self, sink: Callable[[bytes], None], plain: bool = False) -> asyncio.Future[None]:
+        """Give the body to `sink`, what has come of it at once; the future is its end.
+
+        The bytes are as on the wire, or, `plain`, without the chunks' sizes. Raises `UpstreamError` by the future.
+        """
+        self._done = self._loop.create_future()
+        self._sink = sink
+        if self._chunked_head:
+            if plain:
+                self._sink = None
+            self._parser = httptools.HttpResponseParser(_Chunks(self, sink) if plain else _ChunksEnd(self))
+            self._parser.feed_data(self._chunked_head)
+        data, self._buffer = self._buffer, b""
+        if self._no_body or self._left == 0:
+            self._end()
+        elif data:
+            self._body(data)
+        if self._lost is not None and not self._done.done():
+            self._fail(self._lost)
+        return self._done
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of an answer."""
+        if self._done is not None and not self._done.done():
+            self._body(data)
+        elif self._head is None or self._is_whole:
+            self.transport.abort()  # nobody asked
+        else:
+            self._buffer += data
+            if not self._head.done():
+                self._read_head()
+
+    def eof_received(self) -> bool:
+        """The engine has ended: so has an answer without a length."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The engine is gone."""
+        self._pool.lost(self)
+        error = UpstreamError(f"the engine closed the connection{f': {exc}' if exc else ''}", True)
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error)
+        elif self._done is not None and not self._done.done():
+            if self._left is None and self._parser is None and exc is None:
+                self._keeps = False
+                self._end()
+            else:
+                self._fail(error)
+        else:
+            self._lost = error
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def give_back(self) -> None:
+        """The exchange is over: kept for another one if the answer was whole, else closed."""
+        self._head = None
+        if self._is_whole and self._keeps and not self.transport.is_closing():
+            if not self.transport.is_reading():
+                self.transport.resume_reading()
+            self._pool.keep(self)
+        else:
+            self.transport.abort()
+
+    def _read_head(self) -> None:
+        assert self._head is not None
+        while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
+            try:
+                answer = Answer(self._buffer[:end])
+            except UpstreamError as error:
+                self._head.set_exception(error)
+                self.transport.abort()
+                return
+            head, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
+            if 100 <= answer.status < 200 and answer.status != 101:
+                continue
+            self._prepare(answer, head)
+            self._head.set_result(answer)
+            return
+        if len(self._buffer) > _MOST_HEAD:
+            self._head.set_exception(UpstreamError("the head of the engine's answer has no end", True))
+            self.transport.abort()
+
+    def _prepare(self, answer: Answer, head: bytes) -> None:
+        tokens = (answer.header(b"connection") or b"").lower()
+        self._keeps = b"close" not in tokens and (answer.status_line.startswith(b"HTTP/1.1") or b"keep-alive" in tokens)
+        self._no_body = self._no_body or answer.status in _FORBIDDEN_BODY
+        if self._no_body:
+            return
+        if answer.is_chunked:
+            self._chunked_head = head
+        else:
+            self._left = answer.length
+
+    def _body(self, data: bytes) -> None:
+        if self._parser is not None:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                self._fail(UpstreamError(f"the engine's chunks are broken: {error}", True))
+                return
+            if self._sink is not None:
+                self._sink(data)
+            if self._is_whole:
+                self._end()
+            return
+        if self._left is not None:
+            if len(data) > self._left:
+                data, self._keeps = data[: self._left], False
+            self._left -= len(data)
+        assert self._sink is not None
+        self._sink(data)
+        if self._left == 0:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_whole = True
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: UpstreamError) -> None:
+        assert self._done is not None
+        self._done.set_exception(error)
+        self.transport.abort()
+
+
+class _ChunksEnd:
+    """What is asked of the parser of a chunked answer: where it ends. What would follow it is nobody's."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._begun = False
+
+    def on_message_begin(self) -> None:
+        """An answer begins; a second one was not asked for."""
+        if self._begun:
+            raise httptools.HttpParserError("bytes behind the last chunk")
+        self._begun = True
+
+    def on_message_complete(self) -> None:
+        """The last chunk and its trailers have come."""
+        self._connection._is_whole = True
+
+
+class _Chunks(_ChunksEnd):
+    """The same, and the body's bytes, for a client that takes no chunks."""
+
+    def __init__(self, connection: Connection, sink: Callable[[bytes], None]) -> None:
+        super().__init__(connection)
+        self.on_body = sink
+
+
+class Pool:
+    """The connections to one engine."""
+
+    def __init__(self, engine: Engine, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
+        self.engine = engine
+        self._connect_s = connect_s
+        self._tls = tls
+        self._idle: deque[Connection] = deque()
+
+    async def acquire(self) -> tuple[Connection, bool]:
+        """A connection, and whether it has served before (then the engine may be about to close it)."""
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.transport.is_closing():
+                continue
+            if now - connection.idle_since > _KEPT_S:
+                connection.transport.abort()
+                continue
+            return connection, True
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_s):
+                _, made = await loop.create_connection(
+                    lambda: Connection(self),
+                    self.engine.host,
+                    self.engine.port,
+                    ssl=self._tls,
+                    server_hostname=self.engine.host if self._tls else None,
+                )
+        except TimeoutError:
+            raise UpstreamError(f"no connection within {self._connect_s} s", False) from None
+        except OSError as error:
+            raise UpstreamError(f"no connection: {error.strerror or error}", False) from None
+        return made, False
+
+    def keep(self, connection: Connection) -> None:
+        """For another exchange."""
+        if len(self._idle) >= _MOST_KEPT:
+            connection.transport.close()
+            return
+        connection.idle_since = time.monotonic()
+        self._idle.append(connection)
+
+    def lost(self, connection: Connection) -> None:
+        """A connection has ended."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """End those that nobody uses."""
+        while self._idle:
+            self._idle.pop().transport.close()

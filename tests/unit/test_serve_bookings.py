@@ -1,0 +1,131 @@
+"""Bookings from placement to end, over a real Redis: batches, clients that leave, releases that wait, leases kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import pytest
+import redis
+
+from balancer import NoRank, Outcome, PoolAdmin, RankCounts, Reporter, Settings
+from balancer.serve.bookings import Bookings
+from tests.unit.serve_cast import until
+
+Join = Callable[..., Reporter]
+
+
+@pytest.fixture
+async def bookings(settings: Settings) -> AsyncIterator[Bookings]:
+    made = Bookings(settings)
+    made.start()
+    yield made
+    await made.stop()
+
+
+def booked(client: redis.Redis) -> int:
+    return int(client.hlen("dpb:{p}:bookings"))
+
+
+async def test_many_requests_at_once_are_placed_evenly_and_all_end(
+    join: Join, bookings: Bookings, client: redis.Redis
+) -> None:
+    join("e", 4)
+    placements = await asyncio.gather(*(bookings.place(f"r{number}", 10) for number in range(400)))
+    assert {placement.outcome for placement in placements} == {Outcome.PLACED}
+    assert set(client.hvals("dpb:{p}:in_flight")) == {"1000"}
+    for placement in placements:
+        bookings.end(placement.request.request_id)
+    await until(lambda: booked(client) == 0, "all bookings have ended")
+    assert set(client.hvals("dpb:{p}:in_flight")) == {"0"}
+
+
+async def test_requests_of_one_moment_share_an_eval(join: Join, bookings: Bookings, client: redis.Redis) -> None:
+    join("e", 2)
+    await bookings.place("warm", 1)
+    before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    await asyncio.gather(*(bookings.place(f"r{number}", 1) for number in range(100)))
+    evals = client.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    assert evals <= 5  # one for the hundred; the others are those of the room's own looks
+
+
+async def test_a_client_that_leaves_while_its_request_is_placed_leaves_no_booking(
+    join: Join, bookings: Bookings, client: redis.Redis
+) -> None:
+    join("e", 1)
+    asked = [bookings.place(f"gone{number}", 10) for number in range(20)]
+    await asyncio.sleep(0)  # the EVAL is on its way
+    for answer in asked:
+        answer.cancel()
+    await until(lambda: bookings.dispatcher.counters.placed == 20, "they were placed all the same")
+    await until(lambda: booked(client) == 0, "and released")
+
+
+async def test_a_request_without_a_rank_hears_why(bookings: Bookings) -> None:
+    with pytest.raises(NoRank, match="nobody_joined"):
+        await bookings.place("a", 1)
+
+
+async def test_those_with_ranks_to_avoid_are_placed_beside_the_others(join: Join, bookings: Bookings) -> None:
+    join("e", 2)
+    answers = await asyncio.gather(
+        *(bookings.place(f"r{number}", 1, ("e/0",) if number % 2 else ()) for number in range(40))
+    )
+    assert {answer.rank for answer in answers[1::2]} == {"e/1"}
+
+
+async def test_an_open_request_keeps_its_booking_and_its_tokens_grow(
+    join: Join, settings: Settings, admin: PoolAdmin
+) -> None:
+    engine = join("e", 1)
+    admin.configure(booking_lease_ms=1_000)
+    bookings = Bookings(settings)
+    bookings.start()
+    try:
+        await until(lambda: bookings.booking_lease_s == 1.0, "the pool's lease is known")
+        opened = bookings.watch(await bookings.place("open", 10), is_counted=True)
+        await bookings.place("forgotten", 7)
+        assert opened is not None
+        opened.tokens += 90
+
+        def sums() -> tuple[int, int]:
+            engine.report(1, [RankCounts(0, 0)])  # what has ended ends
+            (rank,) = admin.snapshot().ranks
+            return rank.in_flight_tokens, rank.in_flight_requests
+
+        await until(lambda: sums() == (100, 1), "the one has grown, the other's lease has ended")
+        began = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < began + 1.5:  # longer than the lease
+            assert sums() == (100, 1)
+            await asyncio.sleep(0.05)
+        bookings.end("open")
+        await until(lambda: sums() == (0, 0), "its end is its release")
+    finally:
+        await bookings.stop()
+
+
+async def test_releases_wait_out_an_absent_redis(join: Join, settings: Settings, client: redis.Redis) -> None:
+    join("e", 1)
+    bookings = Bookings(replace(settings, probe_ms=50))
+    bookings.start()
+    try:
+        await bookings.place("a", 10)
+        bookings.dispatcher._placing.breaker.failed()
+        bookings.end("a")
+        placement = await bookings.place("b", 10)
+        assert placement.outcome is Outcome.FALLBACK
+        assert bookings.watch(placement, is_counted=True) is None  # nothing was booked
+        await until(lambda: booked(client) == 0, "it is released when Redis answers again")
+    finally:
+        await bookings.stop()
+
+
+async def test_what_has_ended_is_released_before_the_end(join: Join, settings: Settings, client: redis.Redis) -> None:
+    join("e", 1)
+    bookings = Bookings(settings)
+    bookings.start()
+    await bookings.place("a", 10)
+    bookings.end("a")
+    await bookings.stop()
+    assert booked(client) == 0

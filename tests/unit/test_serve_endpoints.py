@@ -1,0 +1,145 @@
+"""What a body tells about its prompt, and how many tokens are booked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from balancer import InvalidInput
+from balancer.serve.endpoints import IMAGE_TOKENS, Asked, Malformed, is_placed, read_body
+from balancer.serve.tokens import Estimate, TokenCounter
+
+CHAT, COMPLETIONS, GENERATE = b"/v1/chat/completions", b"/v1/completions", b"/generate"
+
+
+def asked_by(path: bytes, **fields: object) -> Asked:
+    return read_body(path, json.dumps(fields).encode())
+
+
+def tokens_of(path: bytes, **fields: object) -> tuple[int, str]:
+    counted = TokenCounter().count(asked_by(path, **fields))
+    return counted.tokens, counted.source
+
+
+def test_a_post_to_an_endpoint_that_generates_is_placed_and_nothing_else() -> None:
+    assert is_placed("POST", CHAT)
+    assert not is_placed("GET", CHAT)
+    assert not is_placed("POST", b"/v1/chat/completions/")
+    assert not is_placed("POST", b"/v1/models")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "tokens"),
+    [
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, 3),
+        (COMPLETIONS, {"prompt": [[1, 2, 3], [4]]}, 4),
+        (COMPLETIONS, {"prompt": [1, 2, 3], "n": 4}, 12),
+        (b"/v1/embeddings", {"input": [[1, 2], [3, 4, 5]]}, 5),
+        (GENERATE, {"input_ids": [7] * 90}, 90),
+        (GENERATE, {"input_ids": [[7] * 10, [8] * 20], "sampling_params": {"n": 2}}, 60),
+    ],
+)
+def test_token_ids_are_counted_exactly(path: bytes, fields: dict[str, object], tokens: int) -> None:
+    assert tokens_of(path, **fields) == (tokens, "ids")
+
+
+def test_text_is_estimated_at_four_bytes_a_token_at_first() -> None:
+    assert tokens_of(COMPLETIONS, prompt="x" * 400) == (101, "estimate")
+    assert tokens_of(COMPLETIONS, prompt="é" * 400)[0] == 201
+
+
+def test_every_text_of_a_chat_counts_and_pictures_count_as_themselves() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    plain = tokens_of(CHAT, messages=[{"role": "user", "content": "y" * 400}])[0]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "y" * 400}, picture]}]
+    assert tokens_of(CHAT, messages=parts)[0] == plain + IMAGE_TOKENS
+    assert tokens_of(CHAT, messages=[{"role": "user", "content": "y" * 400}], tools=[{"d": "z" * 400}])[0] > plain + 90
+    assert (
+        tokens_of(b"/v1/messages", system="s" * 400, messages=[{"role": "user", "content": "y" * 400}])[0] > plain + 90
+    )
+    assert tokens_of(b"/v1/responses", input="y" * 400, instructions="s" * 400)[0] > 190
+
+
+def test_a_request_books_at_least_one_token() -> None:
+    assert tokens_of(CHAT)[0] == 1
+    assert tokens_of(COMPLETIONS, prompt=[])[0] == 1
+
+
+def test_what_fans_out_in_the_engine_is_known() -> None:
+    assert not asked_by(COMPLETIONS, prompt="a").fans_out
+    assert asked_by(COMPLETIONS, prompt="a", n=2).fans_out
+    assert asked_by(COMPLETIONS, prompt=["a", "b"]).fans_out
+    assert not asked_by(COMPLETIONS, prompt=[1, 2]).fans_out
+
+
+def test_an_id_of_the_bodys_own_is_seen_and_used_only_where_it_can_stand_in_a_header() -> None:
+    assert asked_by(GENERATE, text="a", rid="mine-1").rid == "mine-1"
+    nasty = asked_by(GENERATE, text="a", rid="a\r\nX-Evil: 1")
+    assert (nasty.rid, nasty.has_rid) == (None, True)
+    assert asked_by(GENERATE, text=["a", "b"], rid=["x", "y"]).rid is None
+    assert asked_by(b"/v1/responses", input="a", request_id="resp_1").rid == "resp_1"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b'{"a":}', b"\xff\xfe", b"[" * 100_000, b'{"a":"\\ud800"}'])
+def test_a_body_that_is_no_json_object_is_refused_without_being_quoted(body: bytes) -> None:
+    with pytest.raises(Malformed) as error:
+        read_body(CHAT, body)
+    assert len(str(error.value)) < 120
+
+
+def test_what_pythons_own_parser_takes_is_taken_too() -> None:
+    assert read_body(COMPLETIONS, b'{"prompt":[1],"temperature":NaN}').ids == 1
+
+
+def test_wrong_types_everywhere_are_the_engines_to_refuse() -> None:
+    strange = {"messages": {"a": [1]}, "prompt": 5, "n": "x", "stream": "yes", "tools": 7, "system": [[None]], "rid": 1}
+    for path in (CHAT, COMPLETIONS, GENERATE, b"/v1/messages", b"/v1/responses", b"/v1/embeddings"):
+        assert TokenCounter().count(asked_by(path, **strange)).tokens >= 1
+
+
+def test_the_estimate_settles_on_what_the_engine_counts() -> None:
+    estimate = Estimate()
+    for _ in range(400):
+        estimate.learn(3000, 1000)
+    assert estimate.bytes_per_token == pytest.approx(3, rel=0.01)
+    assert estimate.tokens(3000) == pytest.approx(1000, rel=0.02)
+    estimate.learn(10, 5000)  # a short prompt behind a long template teaches nothing
+    assert estimate.bytes_per_token == pytest.approx(3, rel=0.01)
+
+
+async def test_a_tokenizer_counts_exactly_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Encoding:
+        def __init__(self, text: str) -> None:
+            self.ids = text.split()
+
+    class Tokenizer:
+        @staticmethod
+        def from_file(path: str) -> Tokenizer:
+            assert path.endswith("tokenizer.json")
+            return Tokenizer()
+
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+            with pytest.raises(RuntimeError):
+                asyncio.get_running_loop()
+            return [Encoding(text) for text in texts]
+
+    module = ModuleType("tokenizers")
+    module.Tokenizer = Tokenizer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tokenizers", module)
+    counter = TokenCounter("/models/tiny/tokenizer.json")
+    try:
+        counted = await counter.count_exactly(asked_by(COMPLETIONS, prompt="one two three"))
+        assert (counted.tokens, counted.source) == (3, "tokenizer")
+        assert (await counter.count_exactly(asked_by(COMPLETIONS, prompt=[1, 2]))).source == "ids"
+    finally:
+        counter.close()
+
+
+def test_a_tokenizer_that_cannot_be_had_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="--tokenizer"):
+        TokenCounter(str(tmp_path))

@@ -1,0 +1,144 @@
+"""docker/nginx/nginx.conf, in a real nginx: it asks the replica where to, sends the request there, and releases it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from balancer import RankCounts, Reporter, Settings, in_flight_id
+from balancer.marker import received_id
+from balancer.serve.mock import MockEngine
+from balancer.serve.workers import bound
+from tests.unit.serve_cast import HOST, ask, mock_engine, replica, until
+
+Join = Callable[..., Reporter]
+CONF = Path(__file__).parents[2] / "docker" / "nginx" / "nginx.conf"
+COMPLETIONS = {"prompt": "hello " * 100, "max_tokens": 5}
+
+
+def replaced(text: str, old: str, new: str) -> str:
+    assert old in text, f"nginx.conf does not say {old!r} any more"
+    return text.replace(old, new)
+
+
+@contextlib.asynccontextmanager
+async def nginx(replica_port: int, tmp: Path) -> AsyncIterator[int]:
+    """nginx with our configuration, but for its ports and folders."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        message = "nginx is not installed: apt-get install nginx-light"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with contextlib.closing(bound(HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+    text = replaced(CONF.read_text(), "127.0.0.1:8080", f"127.0.0.1:{replica_port}")
+    text = replaced(text, "listen 127.0.0.1:8000", f"listen 127.0.0.1:{port}")
+    text = replaced(text, "/dev/stdout", str(tmp / "access.log"))
+    folders = "".join(
+        f"{kind}_temp_path {tmp}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    text = replaced(text, "http {\n", f"http {{\n{folders}\n")
+    (tmp / "nginx.conf").write_text(text)
+    tmp.chmod(0o777)
+    tmp.parent.chmod(0o755)
+    user = "user root;" if os.geteuid() == 0 else ""
+    words = ["-p", str(tmp), "-c", str(tmp / "nginx.conf"), "-e", str(tmp / "error.log")]
+    process = await asyncio.create_subprocess_exec(program, *words, "-g", f"daemon off; pid {tmp}/pid; {user}")
+    try:
+
+        def listens() -> bool:
+            assert process.returncode is None, (tmp / "error.log").read_text()
+            return (tmp / "pid").exists()
+
+        await until(listens, "nginx listens")
+        yield port
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def posts(engine: MockEngine) -> list[dict[str, str]]:
+    """Headers of the requests that were placed."""
+    return [
+        {name.decode().lower(): value.decode() for name, value in headers}
+        for method, _, headers, _ in engine.requests
+        if method == "POST"
+    ]
+
+
+def in_flight(client: redis.Redis) -> int:
+    return int(client.hlen("dpb:{p}:bookings"))
+
+
+async def test_nginx_sends_each_request_to_the_rank_that_the_replica_names(
+    settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    async with (
+        mock_engine(4) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=4") as (_, behind),
+        nginx(behind, tmp_path) as port,
+    ):
+        for _ in range(12):
+            assert (await ask(port, "/v1/completions", COMPLETIONS)).status == 200
+        sent = posts(engine)
+        assert {headers["x-data-parallel-rank"] for headers in sent} == {"0", "1", "2", "3"}
+        assert all(headers["host"] == f"{HOST}:{at}" for headers in sent)
+        await until(lambda: in_flight(client) == 0, "post_action has released them")
+        assert (await ask(port, "/v1/models")).json()["data"][0]["id"] == "mock"
+
+
+async def test_a_stream_through_nginx_is_booked_until_its_client_leaves(
+    settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    async with (
+        mock_engine(2, token_s=0.02) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2") as (_, behind),
+        nginx(behind, tmp_path) as port,
+    ):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        body = b'{"messages":[],"stream":true,"max_tokens":10000}'
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        await reader.readuntil(b"data: ")
+        assert in_flight(client) == 1
+        writer.close()
+        await until(lambda: engine.cancelled == 1, "the engine was told")
+        await until(lambda: in_flight(client) == 0, "the booking has ended")
+
+
+async def test_vllms_hook_knows_the_request_again_behind_nginx(
+    settings: Settings, join: Join, client: redis.Redis, tmp_path: Path
+) -> None:
+    hook = join("e", 2)
+    hook.report(1, [RankCounts(0, 0), RankCounts(10, 1)])
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=vllm,dp=2,hook=e") as (_, behind),
+        nginx(behind, tmp_path) as port,
+    ):
+        assert (await ask(port, "/v1/completions", COMPLETIONS, headers="X-Request-Id: mine\r\n")).status == 200
+        (headers,) = posts(engine)
+        assert headers["x-data-parallel-rank"] == "0"
+        assert received_id(f"cmpl-{headers['x-request-id']}-0-86f184e6") == in_flight_id("mine")
+
+
+async def test_a_refusal_keeps_its_meaning_behind_nginx(settings: Settings, join: Join, tmp_path: Path) -> None:
+    async with (
+        mock_engine() as (_, at),
+        replica(settings, f"http://{HOST}:{at},kind=vllm,hook=e", ready=False) as (_, behind),
+        nginx(behind, tmp_path) as port,
+    ):
+        empty = await ask(port, "/v1/completions", COMPLETIONS)
+        assert (empty.status, empty.json()["error"]["code"], empty.headers["retry-after"]) == (503, "no_rank", "1")
+        join("e", 1, capacity_tokens=10)
+        full = await ask(port, "/v1/completions", COMPLETIONS)
+        assert (full.status, full.json()["error"]["code"], full.headers["retry-after"]) == (429, "all_full", "1")

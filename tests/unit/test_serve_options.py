@@ -1,0 +1,71 @@
+"""What an operator may say about engines, and what is refused with a hint."""
+
+from __future__ import annotations
+
+import pytest
+
+from balancer import InvalidInput
+from balancer.serve import EngineKind, parse_engine
+from balancer.serve.options import checked_engines
+from balancer.serve.retries import RetryBudget
+
+
+def test_an_engine_without_a_hook_is_named_after_its_address_alike_on_every_replica() -> None:
+    engine = parse_engine("http://10.0.0.7:30000,kind=sglang,dp=3")
+    assert engine.ranks == ("10.0.0.7-30000/0", "10.0.0.7-30000/1", "10.0.0.7-30000/2")
+    assert (engine.hooked, engine.kind, engine.url) == (False, EngineKind.SGLANG, "http://10.0.0.7:30000")
+
+
+def test_a_hook_names_the_engine_and_perhaps_the_first_of_its_ranks_here() -> None:
+    hybrid = parse_engine("http://n1:8000,kind=vllm,dp=2,hook=big/6")
+    assert (hybrid.ranks, hybrid.hooked) == (("big/6", "big/7"), True)
+    assert parse_engine("http://n1:8003,kind=vllm,hook=big/3").ranks == ("big/3",)
+
+
+def test_an_address_may_be_ipv6_or_https() -> None:
+    engine = parse_engine("https://[::1],name=here")
+    assert (engine.host, engine.port, engine.tls, engine.address) == ("::1", 443, True, "[::1]:443")
+
+
+def test_the_health_of_sglang_is_asked_where_it_costs_no_token() -> None:
+    assert parse_engine("http://h:1,kind=sglang").health == "/ready"
+    assert parse_engine("http://h:1,health=/x").health == "/x"
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("10.0.0.7:30000", "must look like"),
+        ("ftp://h:1", "must look like"),
+        ("http://h:1/v1", "without a path"),
+        ("http://h:99999", "Port"),
+        ("http://h:1,kind=trt", "sglang, vllm, openai"),
+        ("http://h:1,kind=sglang,dp=0", "between 1 and"),
+        ("http://h:1,kind=sglang,dp=x", "whole number"),
+        ("http://h:1,dp=2", "only kind=sglang and kind=vllm"),
+        ("http://h:1,colour=red", "no option 'colour'"),
+        ("http://h:1,hook=a,name=b", "without a hook"),
+        ("http://h:1,hook=a b", "must be 1 to 64 characters"),
+        ("http://h:1,health=x", "must be a path"),
+    ],
+)
+def test_what_is_wrong_about_an_engine_is_said(word: str, hint: str) -> None:
+    with pytest.raises(InvalidInput, match=hint):
+        parse_engine(word)
+
+
+def test_no_rank_has_two_addresses() -> None:
+    with pytest.raises(InvalidInput, match="two addresses"):
+        checked_engines([parse_engine("http://a:1,kind=vllm,dp=2,hook=e"), parse_engine("http://b:1,hook=e/1")])
+
+
+def test_retries_are_a_share_of_the_requests_beside_a_small_reserve() -> None:
+    budget = RetryBudget(share=0.5, reserve=2)
+    assert [budget.spend() for _ in range(3)] == [True, True, False]
+    budget.earn()
+    assert not budget.spend()
+    budget.earn()
+    assert budget.spend()
+    for _ in range(100):
+        budget.earn()
+    assert [budget.spend() for _ in range(3)] == [True, True, False]
