@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from balancer.serve.complaint import complaint, status_of
 from balancer.serve.endpoints import Asked, Malformed, is_placed, read_body
 from balancer.serve.front import Client
 from balancer.serve.inbound import Inbound
+from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
 from balancer.serve.tokens import Counted
 from balancer.serve.upstream import Answer, Connection, UpstreamError
 
@@ -34,9 +35,6 @@ log = logging.getLogger("balancer.serve")
 
 _TRY_ELSEWHERE = frozenset((502, 503))
 """What an engine that starts, stops or is broken answers, before it has done anything."""
-_USAGE = re.compile(rb'"(?:prompt_tokens|input_tokens)":\s*(\d+)')
-_TAIL = 2048
-_DATA = b"data:"
 
 
 @dataclass(slots=True)
@@ -73,7 +71,7 @@ class Exchange:
         self._opened: Open | None = None
         self._booked = False
         self._last_whole = False
-        self._tail = b""
+        self._last: deque[bytes] = deque(maxlen=LAST_PIECES)
 
     async def run(self) -> None:
         """Answer the request. Cancelled when the client goes."""
@@ -283,10 +281,15 @@ class Exchange:
         unchunk = request.is_http_10 and answer.is_chunked
         if unchunk or (is_open_ended and answer.status not in (204, 304)):
             request.keep_alive = False
-        client.write(self._head_for(attempt, answer, unchunk))
+        head = self._head_for(attempt, answer, unchunk)
         client.on_pause, client.on_resume = connection.pause, connection.resume
         try:
-            await connection.relay(self._sink(), plain=unchunk)
+            if connection.has_more and not unchunk:  # what came with the head goes out with it: one write, one packet
+                ended = connection.relay(self._sink(head))
+            else:
+                client.write(head)
+                ended = connection.relay(self._sink(), plain=unchunk)
+            await ended
         except UpstreamError as error:
             entry.ended = "cut"
             log.info("request=%s engine=%s broke off: %s", self._request_id, attempt.target.engine.url, error)
@@ -309,32 +312,18 @@ class Exchange:
             more.append((b"Connection", b"keep-alive"))
         return wire.answer_head(answer.status_line, answer.headers, more, closes, drop)
 
-    def _sink(self) -> Callable[[bytes], None]:
-        """What takes the answer's pieces: a closure, for it is called for each."""
-        transport, entry = self._client.transport, self.entry
-        write, is_closing = transport.write, transport.is_closing
+    def _sink(self, head: bytes = b"") -> Callable[[bytes], None]:
         counted = self._opened if self._opened is not None and self._opened.is_counted else None
-
-        def sink(data: bytes) -> None:
-            if is_closing():  # the client has gone in this loop turn: uvloop would raise
-                return
-            write(data)
-            entry.sent_bytes += len(data)
-            self._tail = data if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
-            if counted is not None:
-                counted.tokens += data.count(_DATA)
-
-        return sink
+        return sink(self._client, self.entry, counted, self._last, head)
 
     def _learn(self) -> None:
         """The engine's own count of the prompt, where the answer tells it."""
-        found = _USAGE.search(self._tail)
-        if found and self._placed and self.entry.status == 200 and int(found[1]):
-            actual, counted = int(found[1]), self._counted
-            if counted.source != "none" and self._asked.copies == 1:
-                self._replica.metrics.counted(counted.source, counted.tokens, actual)
-                if counted.text_bytes:
-                    self._replica.tokens.estimate.learn(counted.text_bytes, actual - self._asked.extra)
+        actual, counted = prompt_tokens(self._last), self._counted
+        told = actual and self._placed and self.entry.status == 200
+        if told and counted.source != "none" and self._asked.copies == 1:
+            self._replica.metrics.counted(counted.source, counted.tokens, actual)
+            if counted.text_bytes:
+                self._replica.tokens.estimate.learn(counted.text_bytes, actual - self._asked.extra)
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         self.entry.status, self.entry.ended = status, "refused"

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from balancer.serve.complaint import complaint
+from balancer.serve.endpoints import PLACED
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Limits
@@ -21,6 +22,7 @@ from balancer.serve.options import Limits
 _JSON = (b"Content-Type", b"application/json")
 _WORDS = ("every", "rank", "steps", "together", "so", "the", "fullest", "sets", "the", "pace")
 _MOST_TOKENS = 100_000
+_LOOKS = (b"/v1/models", b"/health", b"/ready")
 
 
 class MockEngine:
@@ -46,6 +48,8 @@ class MockEngine:
     async def _answer(self, client: Client, request: Inbound) -> None:
         self.requests = [*self.requests[-999:], (request.method, request.target, request.headers, request.body)]
         path = request.path
+        if path not in (PLACED if request.method == "POST" else _LOOKS):
+            return client.respond(request, 404, *complaint(404, "not a path of the mock engine", None, path))
         if request.method in ("GET", "HEAD"):
             models = {"object": "list", "data": [{"id": "mock", "object": "model", "owned_by": "dp-balancer"}]}
             return client.respond(

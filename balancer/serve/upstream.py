@@ -105,6 +105,11 @@ class Connection(asyncio.Protocol):
         self.transport.write(data)
         return self._head
 
+    @property
+    def has_more(self) -> bool:
+        """Whether some of the answer's body has come with its head, and is its body's."""
+        return bool(self._buffer) and not self._no_body and self._left != 0
+
     def relay(self, sink: Callable[[bytes], None], plain: bool = False) -> asyncio.Future[None]:
         """Give the body to `sink`, what has come of it at once; the future is its end.
 
