@@ -5,10 +5,12 @@ A replica is stateless but for what it is doing: what it knows of ranks is in Re
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import socket
 import ssl
+import time
 from dataclasses import dataclass, replace
 
 import orjson
@@ -79,6 +81,12 @@ class Replica:
         for target in self.targets:
             target.stand_in.start()
         await self.server.start(sock, **self._tls())
+
+    async def wait_for_ranks(self, within_s: float) -> None:
+        """Wait until every engine without a hook has been joined, or the time has passed: it serves in either case."""
+        deadline = time.monotonic() + within_s
+        while not all(target.stand_in.has_joined for target in self.targets) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     async def stop(self) -> None:
         """Take no more requests, let those under way end within the limit, release what is left, and close."""

@@ -25,6 +25,7 @@ from balancer.settings import Settings
 log = logging.getLogger("balancer.serve")
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_S = 3.0
 _AGAIN_S = 1.0
 """A worker that dies at once is started again no oftener."""
 
@@ -45,14 +46,15 @@ def bound(host: str, port: int, shared: bool = False) -> socket.socket:
 
 
 def serve(options: Options, settings: Settings, ready: Callable[[int], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `ready` is called with the port when the address is bound."""
+    """Serve until SIGINT or SIGTERM; `ready` is called with the port: by one replica when it has ranks to give or has
+    waited for them for a moment, by several processes when the address is theirs."""
     shared = options.workers > 1
     sock = bound(options.host, options.port, shared)
     port = sock.getsockname()[1]
-    ready(port)
     if not shared:
-        _run(options, settings, sock)
+        _run(options, settings, sock, lambda: ready(port))
         return
+    ready(port)
     samples = tempfile.mkdtemp(prefix="balancer-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = samples
     try:
@@ -61,17 +63,21 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
         shutil.rmtree(samples, ignore_errors=True)
 
 
-def _run(options: Options, settings: Settings, sock: socket.socket, owner: int | None = None) -> None:
+def _run(
+    options: Options, settings: Settings, sock: socket.socket, ready: Callable[[], None], owner: int | None = None
+) -> None:
     factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with contextlib.suppress(ImportError):
         import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_replica(options, settings, sock, owner))
+        runner.run(_replica(options, settings, sock, ready, owner))
 
 
-async def _replica(options: Options, settings: Settings, sock: socket.socket, owner: int | None) -> None:
+async def _replica(
+    options: Options, settings: Settings, sock: socket.socket, ready: Callable[[], None], owner: int | None
+) -> None:
     from balancer.serve.replica import Replica
 
     ended = asyncio.Event()
@@ -82,6 +88,8 @@ async def _replica(options: Options, settings: Settings, sock: socket.socket, ow
         loop.add_reader(owner, ended.set)
     replica = Replica(options, settings)
     await replica.start(sock)
+    await replica.wait_for_ranks(_PATIENCE_S)
+    ready()
     await ended.wait()
     if owner is not None:
         loop.remove_reader(owner)
@@ -109,7 +117,7 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
             held.close()
             os.close(ours)
             own = replace(settings, name=f"{settings.name[:56]}-w{number}")
-            _run(options, own, bound(options.host, options.port, shared=True), owner)
+            _run(options, own, bound(options.host, options.port, shared=True), lambda: None, owner)
             code = 0
         except KeyboardInterrupt:
             code = 0

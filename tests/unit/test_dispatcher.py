@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -327,7 +328,7 @@ async def test_cancelled_dispatches_leave_no_answer_behind_for_somebody_else(
 
 async def test_many_tasks_share_one_dispatcher(settings: Settings, admin: PoolAdmin) -> None:
     report(settings, 0, 0, 0, 0)
-    async with AsyncDispatcher(settings) as dispatcher:
+    async with AsyncDispatcher(replace(settings, budget_ms=20_000)) as dispatcher:
         await asyncio.gather(*(dispatcher.dispatch(f"r{number}", 10) for number in range(200)))
     assert [rank.in_flight_tokens for rank in admin.snapshot().ranks] == [500] * 4
 
