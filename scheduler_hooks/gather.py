@@ -54,3 +54,13 @@ def everybodys(values: Sequence[int], group: Any = None) -> list[list[int]]:
     all_ = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_, mine, group=group)
     return [given.tolist() for given in all_]
+
+
+def sizes(group: Any = None) -> tuple[int, int]:
+    """How many processes `group` has, and how many there are in all."""
+    return dist.get_world_size(group), dist.get_world_size()
+
+
+def everybodys_store() -> Any:
+    """The key-value store at which all processes met; not a collective."""
+    return dist.distributed_c10d._get_default_store()

@@ -24,6 +24,7 @@ ONE_DOOR = {
     "redis": {"balancer.store", "balancer.connection"},
     "tenacity": {"balancer.store"},
     "torch": {"scheduler_hooks.gather", "scheduler_hooks.mock_engine.process_group"},
+    "sglang": {f"scheduler_hooks.sglang.{room}" for room in ("counting", "register", "shim", "targets")},
 }
 
 

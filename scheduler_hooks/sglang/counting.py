@@ -1,0 +1,102 @@
+"""What a scheduler holds, read off its own objects; the one place that knows how SGLang's releases spell things.
+
+`LoadSnapshot.num_total_tokens` is what SGLang balances by itself: KV tokens in use and the tokens of all queued
+requests. It lacks one thing: a prompt that is prefilled in chunks has left the queue, and only the chunks done so far
+are in the KV pool, so the rank that is busiest with a long prompt looks idlest. What has no KV yet is added here.
+
+In PD disaggregation this stays the count: a decode rank's tokens count from the moment it has received the request,
+also while their KV is still on its way (SGLang's `num_active_tokens` leaves these out, and a burst would herd).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Counting:
+    """Counts of one scheduler. Make it before the scheduler's first batch: an idle pool is what it compares with."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._slots = scheduler.req_to_token_pool.available_size()
+        mode = getattr(getattr(scheduler, "disaggregation_mode", None), "name", "NULL")
+        self._is_disaggregated = mode != "NULL"
+
+    def held(self) -> tuple[int, int]:
+        """Tokens and requests that this rank holds now, running and queued."""
+        scheduler = self._scheduler
+        loads = scheduler.load_inquirer.get_loads()
+        tokens = loads.num_total_tokens + to_prefill(scheduler.chunked_req)
+        if self._is_disaggregated:
+            return tokens, loads.num_running_reqs + loads.num_waiting_reqs
+        # A request has a slot from its first chunk to its end. SGLang's own count of the running lacks those that are
+        # in their first step and in no batch yet.
+        running = self._slots - scheduler.req_to_token_pool.available_size()
+        return tokens, max(0, running) + loads.num_waiting_reqs
+
+    def waiting_for_grammar(self) -> set[str]:
+        """Ids of requests whose grammar is being compiled: SGLang counts their tokens nowhere until it is."""
+        manager = getattr(self._scheduler, "grammar_manager", None)
+        return {request.rid for request in getattr(manager, "grammar_queue", ())}
+
+
+def to_prefill(chunked: Any) -> int:
+    """Tokens of a request prefilled in chunks that have no KV yet; 0 for None."""
+    if chunked is None:
+        return 0
+    kept = getattr(chunked, "kv", None)
+    allocated = chunked.kv_allocated_len if kept is None else kept.kv_allocated_len
+    return max(0, int(chunked.seqlen) - int(allocated))
+
+
+def tokens_of(request: Any) -> int:
+    """Prompt tokens of a tokenized request, at least 1."""
+    ids = getattr(request, "input_ids", None)
+    if ids is None:
+        ids = getattr(request, "input_embeds", None)
+    return max(1, len(ids) if ids is not None else 1)
+
+
+def tokenized(messages: Any) -> list[Any]:
+    """The requests among a scheduler's messages, those inside batches too; control messages and probes left out."""
+    found = []
+    for message in messages or ():
+        batch = getattr(message, "batch", None)
+        for request in batch if isinstance(batch, list | tuple) else (message,):
+            if hasattr(request, "input_ids") and is_users(request):
+                found.append(request)
+    return found
+
+
+def is_users(request: Any) -> bool:
+    """Whether a person's request, with an id: not one of SGLang's own probes."""
+    rid = getattr(request, "rid", None)
+    return isinstance(rid, str) and bool(rid) and not rid.startswith(PROBE)
+
+
+PROBE = "HEALTH_CHECK"
+
+
+def led_rank(scheduler: Any) -> int | None:
+    """Index of the DP rank that this process speaks for; None where another process of the rank does."""
+    writer = getattr(scheduler, "load_snapshot_writer", None)
+    if writer is not None:
+        return int(writer.dp_rank)
+    if getattr(scheduler, "recv_from_tokenizer", None) is None:
+        channels = getattr(scheduler, "ipc_channels", None)
+        if getattr(channels, "recv_from_tokenizer", None) is None:
+            return None
+    rank = getattr(scheduler, "dp_rank", None)
+    if rank is None:
+        from sglang.srt import runtime_context
+
+        rank = runtime_context.get_parallel().dp_rank
+    return int(rank or 0)
+
+
+def active_ranks(controller: Any) -> list[int]:
+    """Ranks to which SGLang's controller may send now; to any other it would raise, which ends the server."""
+    workers = controller.workers
+    active = getattr(controller, "_active_workers", None)
+    active = range(len(workers)) if active is None else active
+    return [index for index in active if workers[index] is not None and controller.status[index]]

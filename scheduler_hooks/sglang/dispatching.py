@@ -1,0 +1,131 @@
+"""In SGLang's controller: each request gets its rank from the pool before SGLang's own method would choose one.
+
+One EVAL for a request and one for a batch, within a few milliseconds, never retried: the controller is one thread, and
+what waits here waits for all. Without an answer `routed_dp_rank` stays empty, and SGLang's own method decides. Only
+ranks of this engine that SGLang holds active are asked for, so that no placement has to be taken back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from balancer import BalancerError, Dispatcher, InvalidInput, Outcome, Placement, Request
+from scheduler_hooks.once import Once
+from scheduler_hooks.plugin import PluginSettings, harmless
+from scheduler_hooks.sglang.counting import active_ranks, is_users, tokens_of
+from scheduler_hooks.sglang.identity import engine_name
+from scheduler_hooks.sglang.targets import CONTROLLER_TARGETS, not_applied
+
+log = logging.getLogger("scheduler_hooks.sglang")
+
+BUDGET_MS = 5
+"""How long one dispatch may hold the controller, where DP_BALANCER_BUDGET_MS says nothing."""
+
+_FORCED = "SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK"
+
+
+class Dispatching:
+    """The hooks of one controller's process."""
+
+    def __init__(self, plugin: PluginSettings) -> None:
+        self._plugin = plugin
+        self._trouble = Once(log)
+        self._place = harmless(self._trouble, "placing a request")(self._place_all)
+        self._dispatcher: Dispatcher | None = None
+        self._engine = ""
+        self._is_refused = False
+
+    def ready(self, result: Any, controller: Any) -> None:
+        """AFTER the controller has its dispatch table: connect, so that the first request does not wait for it."""
+        harmless(self._trouble, "connecting to the pool")(self._attach)(controller)
+
+    def one(self, original: Callable[..., Any], controller: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """AROUND the dispatch of one request."""
+        self._place(controller, (request,))
+        return original(controller, request, *args, **kwargs)
+
+    def batch(self, original: Callable[..., Any], controller: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """AROUND the dispatch of a batch: all its requests by one EVAL; `one` then finds them placed."""
+        self._place(controller, batch)
+        return original(controller, batch, *args, **kwargs)
+
+    def _place_all(self, controller: Any, batch: Any) -> None:
+        requests = [request for request in batch if request.routed_dp_rank is None and is_users(request)]
+        if not requests or self._is_refused:
+            return
+        dispatcher = self._dispatcher or self._attach(controller)
+        if dispatcher is None:
+            return
+        ranks = {f"{self._engine}/{index}": index for index in active_ranks(controller)}
+        known = _bookable(requests)
+        if not ranks or not known:
+            return
+        answers = dispatcher.dispatch_many([booked for booked, _ in known], list(ranks))
+        for (_, request), answer in zip(known, answers, strict=True):
+            if isinstance(answer, Placement) and answer.outcome is not Outcome.FALLBACK:
+                request.routed_dp_rank = ranks.get(answer.rank)  # None where it was booked on another engine before
+            else:
+                self._trouble.note("no rank", "no rank from pool %s, SGLang's own method decides", self._pool)
+
+    def _attach(self, controller: Any) -> Dispatcher | None:
+        if self._dispatcher is not None or self._is_refused:
+            return self._dispatcher
+        if refusal := _refusal(controller):
+            self._is_refused = True
+            log.error("dp-balancer does not place the requests of this server: %s", refusal)
+            return None
+        if getattr(controller.server_args, "node_rank", 0):
+            self._is_refused = True  # requests come in at the first node
+            return None
+        settings = self._plugin.settings
+        self._engine = engine_name(self._plugin, controller.server_args)
+        budget_ms = settings.budget_ms if os.environ.get("DP_BALANCER_BUDGET_MS") else BUDGET_MS
+        self._dispatcher = Dispatcher(replace(settings, budget_ms=budget_ms, tries=1))
+        self._warm_up(self._dispatcher)
+        log.info(
+            "dp-balancer places the requests of engine %s by pool %s, within %d ms, else SGLang's %s does",
+            self._engine,
+            self._pool,
+            budget_ms,
+            getattr(getattr(controller, "load_balance_method", None), "name", "own method").lower(),
+        )
+        return self._dispatcher
+
+    @property
+    def _pool(self) -> str:
+        return self._plugin.settings.pool
+
+    @staticmethod
+    def _warm_up(dispatcher: Dispatcher) -> None:
+        with suppress(BalancerError):  # no Redis yet: the first request will tell
+            dispatcher.snapshot()
+
+
+def _bookable(requests: Sequence[Any]) -> list[tuple[Request, Any]]:
+    """The requests that can be booked: an id of more than 512 bytes cannot."""
+    known = []
+    for request in requests:
+        try:
+            known.append((Request(request.rid, tokens_of(request)), request))
+        except InvalidInput:
+            continue
+    return known
+
+
+def _refusal(controller: Any) -> str:
+    """Why ranks may not be chosen here, or nothing."""
+    if absent := not_applied(CONTROLLER_TARGETS):
+        return f"SGLang has not hooked {', '.join(absent)}"
+    method = getattr(getattr(controller, "load_balance_method", None), "name", "")
+    if method == "FOLLOW_BOOTSTRAP_ROOM" and os.environ.get(_FORCED, "").lower() not in ("1", "true"):
+        return (
+            "with --load-balance-method follow_bootstrap_room decode servers expect the rank that follows from a "
+            "request's bootstrap room, and any other fails it; start it with --load-balance-method total_tokens "
+            f"(or round_robin), or set {_FORCED}=1"
+        )
+    return ""

@@ -1,0 +1,209 @@
+"""In each of SGLang's schedulers: what its rank has received and holds, told to the pool.
+
+Two forms. In the *leader form* each DP rank's leader reports alone, after each of its steps and, when nothing steps,
+as soon as something changes. In the *gather form* all ranks' counts go to TP rank 0, which reports for the engine.
+
+The gather follows SGLang's own: under DP attention all processes of the TP group exchange their batch sizes before each
+step (`MLPSyncBatchInfo.all_gather`), the idle ones too, and SGLang itself would hang if one of them stayed away. So a
+collective of ours right behind it is entered by all or by none, in every loop, and costs least, for there nobody has to
+be waited for. How often it follows is decided from what that exchange gave to all alike. It is also the right moment:
+what was received in this round of the loop is in the queue, and what the last step ended is gone.
+
+Where SGLang does not exchange over exactly this engine's processes (plain DP, pipeline parallelism, elastic EP, a
+SGLang told to skip it), or where some process does not take part (`agreement`), it is the leader form, and a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from balancer.marker import received_id
+from scheduler_hooks.once import Once
+from scheduler_hooks.plugin import PluginSettings, harmless
+from scheduler_hooks.sglang.agreement import Agreement
+from scheduler_hooks.sglang.counting import Counting, led_rank, tokenized, tokens_of
+from scheduler_hooks.sglang.identity import address, engine_name
+from scheduler_hooks.sglang.targets import SCHEDULER_TARGETS, not_applied
+from scheduler_hooks.step_hook import StepHook
+
+log = logging.getLogger("scheduler_hooks.sglang")
+
+IDLE_REPORT_S = 0.05
+"""Least time between two looks at a scheduler that does not step: its idle loop spins."""
+
+IDLE_SYNCS = 32
+"""While no rank has anything to compute, each so many-th exchange is followed by a gather; these spin too."""
+
+AUTO = "leader"
+"""The form where DP_BALANCER_FORM does not say; README, "SGLang", has the measurements behind it."""
+
+
+class Scheduling:
+    """The hooks of one scheduler's process."""
+
+    def __init__(self, plugin: PluginSettings) -> None:
+        self._plugin = plugin
+        self._trouble = Once(log)
+        self._scheduler: Any = None
+        self._counting: Counting | None = None
+        self._rank: int | None = None
+        self._received: dict[int, int] = {}
+        self._compiling: dict[str, int] = {}
+        self._hook: StepHook | None = None
+        self._is_gathering = False
+        self._is_settled = False
+        self._agreement: Agreement | None = None
+        self._idle_syncs = 0
+        self._idle_cadence = IDLE_SYNCS
+        self._last_look = float("-inf")
+        self._last_counts = (-1, -1)
+        self.received = harmless(self._trouble, "taking note of received requests")(self._on_received)
+        self.stepped = harmless(self._trouble, "reporting a step")(self._on_step)
+        self.synced = harmless(self._trouble, "gathering")(self._on_sync)
+        self.idle = harmless(self._trouble, "reporting an idle rank")(self._on_idle)
+
+    # -- the hooks; SGLang calls them on its step thread
+
+    def _on_received(self, result: Any, scheduler: Any, messages: Any) -> None:
+        """AFTER the scheduler has put a round's requests into its queue."""
+        if self._scheduler is None:
+            self._attach(scheduler)
+        if self._rank is None or not messages:
+            return
+        requests = tokenized(messages)
+        self._received.update((received_id(request.rid), tokens_of(request)) for request in requests)
+        if self._counting and (compiling := self._counting.waiting_for_grammar()):
+            self._compiling.update((r.rid, tokens_of(r)) for r in requests if r.rid in compiling)
+
+    def _on_step(self, result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """AFTER a step's results are in."""
+        if not self._is_settled and self._agreement is None:
+            self._lead("this SGLang's ranks do not exchange anything before a step")
+        if self._hook and not self._is_gathering:
+            self._report(self._hook)
+
+    def _on_idle(self, scheduler: Any) -> None:
+        """BEFORE the scheduler's idle housekeeping, which spins or sleeps: what ended or came without a step."""
+        if not self._is_settled and self._agreement is None:
+            self._lead("this SGLang's ranks do not exchange anything before a step")
+        if self._hook is None or self._is_gathering:
+            return
+        now = time.monotonic()
+        if self._received or now - self._last_look >= IDLE_REPORT_S:
+            self._last_look = now
+            self._report(self._hook, is_idle=True)
+
+    def _on_sync(self, result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
+        """AFTER SGLang's own exchange. From here on nothing may depend on what only this process knows."""
+        if self._is_settled and not self._is_gathering:
+            return
+        if not self._is_settled:
+            try:
+                self._settle(info, kwargs)
+            except Exception as error:
+                self._lead(f"agreeing on the gather failed: {error!r}")
+            return
+        is_busy = max(info.global_num_tokens) > 0
+        self._idle_syncs = 0 if is_busy else self._idle_syncs + 1
+        if self._idle_syncs > 2 and self._idle_syncs % self._idle_cadence:
+            return
+        assert self._hook is not None
+        try:
+            self._report(self._hook)
+        except Exception as error:  # whatever happened, this process brings its row
+            self._trouble.note("counts", "this rank's counts cannot be read: %r", error, level=logging.ERROR)
+            self._hook.after_step(-1, -1, {})
+
+    # -- what they do
+
+    def _report(self, hook: StepHook, is_idle: bool = False) -> None:
+        if self._rank is None or self._counting is None:
+            return hook.after_step(0, 0, {})
+        tokens, requests = self._counting.held()
+        received = self._ready()
+        if is_idle and not received and (tokens, requests) == self._last_counts:
+            return None
+        self._received = {id_: count for id_, count in self._received.items() if id_ not in received}
+        self._last_counts = (tokens, requests)
+        return hook.after_step(tokens, requests, received)
+
+    def _ready(self) -> dict[int, int]:
+        """Received requests whose tokens are in the counts: all but those whose grammar is being compiled."""
+        if not self._compiling:
+            return self._received
+        assert self._counting is not None
+        still = self._counting.waiting_for_grammar()
+        self._compiling = {rid: count for rid, count in self._compiling.items() if rid in still}
+        waiting = {received_id(rid) for rid in self._compiling}
+        return {id_: count for id_, count in self._received.items() if id_ not in waiting}
+
+    def _attach(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        if absent := not_applied(SCHEDULER_TARGETS):
+            self._is_settled = True
+            return log.error("dp-balancer reports nothing: SGLang has not hooked %s", ", ".join(absent))
+        self._rank = led_rank(scheduler)
+        self._idle_cadence = 1 if getattr(scheduler.server_args, "sleep_on_idle", False) else IDLE_SYNCS
+        if self._rank is not None:
+            self._counting = Counting(scheduler)
+        if self._form != "gather":
+            self._lead()
+        return None
+
+    @property
+    def _form(self) -> str:
+        return AUTO if self._plugin.form == "auto" else self._plugin.form
+
+    def _settle(self, info: Any, given: dict[str, Any]) -> None:
+        """Gather or lead; every process of the group comes to the same answer at the same exchange."""
+        from scheduler_hooks import gather
+
+        size = int(getattr(info, "num_dp_ranks", 0) or getattr(info, "dp_size", 0))
+        group = self._scheduler.tp_cpu_group
+        members, everybody = gather.sizes(group)
+        if given.get("use_all_reduce") or members != everybody:
+            return self._lead("its ranks exchange over another group than this engine's tensor parallel one")
+        if self._agreement is None:
+            plan = f"{self._engine}/{size}/{self._plugin.every}/{IDLE_SYNCS}/{self._idle_cadence}"
+            self._agreement = Agreement(plan, members, gather.everybodys_store())
+            return self._agreement.speak()
+        if not self._agreement.is_reached():
+            return self._lead("not every process of it has this plugin, with the same settings")
+        self._hook = StepHook.gathering(
+            self._plugin.settings,
+            engine=self._engine,
+            size=size,
+            rank_index=self._rank,
+            group=group,
+            every=self._plugin.every,
+            address=address(self._plugin, self._scheduler.server_args),
+        )
+        self._is_settled = self._is_gathering = True
+        if self._hook.publisher is not None:
+            log.info("dp-balancer reports %s, %d ranks, to pool %s (gather form)", self._engine, size, self._pool)
+        return None
+
+    def _lead(self, why_not_gather: str = "") -> None:
+        self._is_settled = True
+        if why_not_gather and self._rank is not None:
+            log.warning("dp-balancer does not gather engine %s: %s", self._engine, why_not_gather)
+        if self._rank is None:
+            return
+        self._hook = StepHook.leading(
+            self._plugin.settings,
+            engine=self._engine,
+            index=self._rank,
+            every=self._plugin.every,
+            address=address(self._plugin, self._scheduler.server_args),
+        )
+        log.info("dp-balancer reports %s/%d to pool %s (leader form)", self._engine, self._rank, self._pool)
+
+    @property
+    def _engine(self) -> str:
+        return engine_name(self._plugin, self._scheduler.server_args)
+
+    @property
+    def _pool(self) -> str:
+        return self._plugin.settings.pool
