@@ -1,0 +1,219 @@
+"""SGLang's controller with our hooks around it: a controller that keeps SGLang's rules, on a real pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+
+from balancer import Dispatcher, RankCounts, Reporter, Settings
+from scheduler_hooks.plugin import PluginSettings
+from scheduler_hooks.sglang import dispatching
+from scheduler_hooks.sglang.dispatching import Dispatching
+
+Join = Callable[..., Reporter]
+
+
+@dataclass
+class TokenizedRequest:
+    rid: str
+    input_ids: list[int]
+    routed_dp_rank: int | None = None
+
+
+@dataclass
+class Controller:
+    """SGLang's rules: an unplaced request goes round, a placed one to its rank; an inactive rank ends the server."""
+
+    ranks: int = 4
+    method: str = "ROUND_ROBIN"
+    status: list[bool] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    node_rank: int = 0
+
+    def __post_init__(self) -> None:
+        self.status = self.status or [True] * self.ranks
+        self.workers = [object()] * self.ranks
+        self._active_workers = [rank for rank in range(self.ranks) if self.status[rank]]
+        self.load_balance_method = SimpleNamespace(name=self.method)
+        self.server_args = SimpleNamespace(host="127.0.0.1", port=30000, node_rank=self.node_rank)
+
+    def dispatching_with_trace(self, request: TokenizedRequest, refresh_load_budget: bool = True) -> None:
+        rank = request.routed_dp_rank
+        if rank is None:
+            rank = self._active_workers[len(self.sent) % len(self._active_workers)]
+        elif rank not in self._active_workers:
+            raise ValueError(f"DP rank {rank} is not active.")
+        self.sent[request.rid] = rank
+
+
+class Server:
+    """A controller between our hooks, called as SGLang's registry calls them."""
+
+    def __init__(self, settings: Settings, controller: Controller, **plugin: Any) -> None:
+        self.controller = controller
+        self.hooks = Dispatching(PluginSettings(settings, engine="e", **plugin))
+
+    def dispatch(self, *requests: TokenizedRequest) -> None:
+        for request in requests:
+            self.hooks.one(Controller.dispatching_with_trace, self.controller, request)
+
+    def dispatch_batch(self, *requests: TokenizedRequest) -> None:
+        def original(controller: Controller, batch: tuple[TokenizedRequest, ...]) -> None:
+            self.dispatch(*batch)
+
+        self.hooks.batch(original, self.controller, requests)
+
+
+@pytest.fixture(autouse=True)
+def _applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatching, "not_applied", lambda targets: [])
+    monkeypatch.setenv("DP_BALANCER_BUDGET_MS", "2000")
+
+
+def requests(count: int, tokens: int = 10, prefix: str = "r") -> list[TokenizedRequest]:
+    return [TokenizedRequest(f"{prefix}{number}", [1] * tokens) for number in range(count)]
+
+
+def dispatches(client: redis.Redis) -> int:
+    return int(client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+def test_each_request_goes_where_the_pool_has_booked_it(settings: Settings, join: Join, dispatcher: Dispatcher) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(8))
+    assert sorted(server.controller.sent.values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    ranks = dispatcher.snapshot().ranks
+    assert [rank.in_flight_tokens for rank in ranks] == [20] * 4
+
+
+def test_a_batch_costs_one_eval_and_its_requests_are_not_asked_for_again(
+    settings: Settings, join: Join, client: redis.Redis
+) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(1, prefix="first"))  # connects
+    before = dispatches(client)
+    server.dispatch_batch(*requests(100))
+    assert dispatches(client) == before + 1
+    assert len(server.controller.sent) == 101
+
+
+def test_a_rank_that_sglang_holds_inactive_is_never_chosen(settings: Settings, join: Join) -> None:
+    join("e", 4)
+    server = Server(settings, Controller(status=[True, False, True, False]))
+    server.dispatch(*requests(20))
+    assert set(server.controller.sent.values()) == {0, 2}
+
+
+def test_probes_and_requests_that_have_a_rank_are_left_alone(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    routed = TokenizedRequest("theirs", [1], routed_dp_rank=3)
+    server.dispatch(TokenizedRequest("HEALTH_CHECK_1", [1]), routed)
+    assert server.controller.sent["theirs"] == 3
+    assert dispatcher.snapshot().bookings == 0
+
+
+def test_only_ranks_of_its_own_engine_are_chosen_in_a_pool_of_two(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("other", 4)
+    mine = join("e", 4)
+    mine.report(1, [RankCounts(50_000, 1)] * 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(8))
+    loads = {rank.rank: rank.in_flight_tokens for rank in dispatcher.snapshot().ranks}
+    assert all(loads[f"other/{index}"] == 0 for index in range(4))
+    assert sum(loads.values()) == 80
+
+
+def test_an_outside_dispatchers_booking_is_kept_where_it_forgot_to_name_the_rank(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("e", 4)
+    booked = dispatcher.dispatch("r0", 10)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(1))
+    assert server.controller.sent["r0"] == booked.index
+    assert dispatcher.snapshot().bookings == 1
+
+
+def test_a_request_booked_on_another_engine_is_placed_by_sglang(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("other", 1)
+    dispatcher.dispatch("r0", 10)
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(1))
+    assert server.controller.sent == {"r0": 0}
+
+
+def test_without_an_answer_sglangs_own_method_decides(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    away = Settings(url="redis://127.0.0.1:1/0", pool="p", budget_ms=50)
+    server = Server(away, Controller())
+    server.dispatch(*requests(8))
+    server.dispatch_batch(*requests(8, prefix="b"))
+    assert sorted(server.controller.sent.values()) == sorted([0, 1, 2, 3] * 4)
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) <= 2
+
+
+def test_a_pool_that_nobody_has_joined_leaves_it_to_sglang(settings: Settings, client: redis.Redis) -> None:
+    server = Server(settings, Controller())
+    server.dispatch(*requests(4))
+    assert sorted(server.controller.sent.values()) == [0, 1, 2, 3]
+
+
+def test_an_id_that_cannot_be_booked_costs_the_others_nothing(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch_batch(TokenizedRequest("x" * 600, [1]), *requests(4))
+    assert len(server.controller.sent) == 5
+    assert dispatcher.snapshot().bookings == 4
+
+
+def test_an_embedded_prompt_without_token_ids_is_counted_by_its_embeddings(
+    settings: Settings, join: Join, dispatcher: Dispatcher
+) -> None:
+    join("e", 1)
+    embedded = SimpleNamespace(rid="r", input_ids=None, input_embeds=[[0.0]] * 7, routed_dp_rank=None)
+    Server(settings, Controller(ranks=1)).dispatch(embedded)  # type: ignore[arg-type]
+    assert dispatcher.snapshot().ranks[0].in_flight_tokens == 7
+
+
+def test_follow_bootstrap_room_is_refused_with_the_flag_to_set(
+    settings: Settings, join: Join, dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    join("e", 4)
+    server = Server(settings, Controller(method="FOLLOW_BOOTSTRAP_ROOM"))
+    with caplog.at_level(logging.ERROR):
+        server.dispatch(*requests(4))
+    assert len(server.controller.sent) == 4
+    assert dispatcher.snapshot().bookings == 0
+    (said,) = caplog.messages
+    assert "--load-balance-method total_tokens" in said
+
+
+def test_a_controller_of_a_later_node_does_not_dispatch(settings: Settings, join: Join) -> None:
+    join("e", 4)
+    server = Server(settings, Controller(node_rank=1))
+    server.hooks.ready(None, server.controller)
+    assert server.hooks._dispatcher is None
+
+
+def test_what_sglang_itself_raises_goes_on_to_sglang(settings: Settings, join: Join) -> None:
+    join("e", 4)
+    server = Server(settings, Controller(status=[True, False, True, True]))
+    with pytest.raises(ValueError, match="DP rank 1 is not active"):
+        server.dispatch(TokenizedRequest("theirs", [1], routed_dp_rank=1))

@@ -1,0 +1,237 @@
+"""SGLang's scheduler with our hooks: what it has received and holds, step by step, as the pool sees it.
+
+The scheduler here counts as SGLang does: queued prompts whole, a prompt in chunks only by the chunks that are done.
+The defects of the seed (`minimum_tokens` in SGLang 0.4.10 to 0.5.2) each have a test here, in `test_sglang_dispatching`
+or in `tests/e2e/test_sglang_gather`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from balancer import Dispatcher, Request, Settings
+from balancer.marker import marked
+from scheduler_hooks.plugin import PluginSettings
+from scheduler_hooks.sglang import scheduling
+from scheduler_hooks.sglang.scheduling import Scheduling
+
+Eventually = Callable[..., None]
+
+
+class Scheduler:
+    """SGLang's objects as far as they are read, and a step that does what a test says."""
+
+    def __init__(self, rank: int | None = 0) -> None:
+        self.load_snapshot_writer = None if rank is None else SimpleNamespace(dp_rank=rank)
+        self.ipc_channels = SimpleNamespace(recv_from_tokenizer=None)
+        self.server_args = SimpleNamespace(host="127.0.0.1", port=30000, nnodes=1, sleep_on_idle=False)
+        self.req_to_token_pool = SimpleNamespace(available_size=lambda: 64 - len(self.running))
+        self.load_inquirer = SimpleNamespace(get_loads=self._loads)
+        self.grammar_manager = SimpleNamespace(grammar_queue=[])
+        self.chunked_req: Any = None
+        self.waiting: list[Any] = []
+        self.running: dict[str, int] = {}  # by rid: tokens in the KV pool
+
+    def _loads(self) -> Any:
+        tokens = sum(self.running.values()) + sum(len(request.input_ids) for request in self.waiting)
+        return SimpleNamespace(num_total_tokens=tokens, num_running_reqs=0, num_waiting_reqs=len(self.waiting))
+
+    def prefill(self, chunk: int = 10**9) -> None:
+        for request in self.waiting:
+            done = min(chunk, len(request.input_ids))
+            self.running[request.rid] = done
+            if done < len(request.input_ids):
+                self.chunked_req = SimpleNamespace(seqlen=len(request.input_ids), kv_allocated_len=done)
+        self.waiting = []
+
+
+def request(rid: str, tokens: int) -> Any:
+    return SimpleNamespace(rid=rid, input_ids=[1] * tokens)
+
+
+class Rank:
+    """A scheduler and its hooks, called in the order of SGLang's loop."""
+
+    def __init__(self, settings: Settings, scheduler: Scheduler | None = None, form: str = "leader") -> None:
+        self.scheduler = scheduler or Scheduler()
+        self.hooks = Scheduling(PluginSettings(settings, engine="e", form=form))
+        self.loop()
+
+    def loop(self, *messages: Any, queue: bool = True) -> None:
+        """One round without a batch."""
+        self.receive(*messages, queue=queue)
+        self.hooks.idle(self.scheduler)
+
+    def receive(self, *messages: Any, queue: bool = True) -> None:
+        for message in messages if queue else ():
+            queued = getattr(message, "batch", [message])
+            self.scheduler.waiting.extend(one for one in queued if hasattr(one, "input_ids"))
+        self.hooks.received(None, self.scheduler, list(messages))
+
+    def step(self, *messages: Any, chunk: int = 10**9) -> None:
+        self.receive(*messages)
+        self.scheduler.prefill(chunk)
+        self.hooks.stepped(None, self.scheduler, object(), object())
+
+    def close(self) -> None:
+        if self.hooks._hook:
+            self.hooks._hook.close()
+
+
+@pytest.fixture
+def rank(settings: Settings, dispatcher: Dispatcher, eventually: Eventually) -> Iterator[Rank]:
+    rank = Rank(settings)
+    eventually(lambda: _ranks(dispatcher), "the rank has joined")
+    yield rank
+    rank.close()
+
+
+@pytest.fixture(autouse=True)
+def _applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "not_applied", lambda targets: [])
+    monkeypatch.setattr(scheduling, "IDLE_REPORT_S", 0.0)
+
+
+def _ranks(dispatcher: Dispatcher) -> tuple[Any, ...]:
+    try:
+        return dispatcher.snapshot().ranks
+    except Exception:
+        return ()
+
+
+def shows(dispatcher: Dispatcher, *, holding: int, in_flight: int, requests: int | None = None) -> bool:
+    (seen,) = dispatcher.snapshot().ranks
+    right = (seen.holding_tokens, seen.in_flight_tokens) == (holding, in_flight)
+    return right and requests in (None, seen.requests)
+
+
+def test_an_id_ends_in_the_report_that_counts_its_tokens(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    loads = []
+    for number in range(5):
+        dispatcher.dispatch(f"r{number}", 100)
+        loads.append(dispatcher.snapshot().ranks[0].load_tokens)
+        rank.step(request(f"r{number}", 100))
+        count = number + 1
+        eventually(lambda n=count: shows(dispatcher, holding=100 * n, in_flight=0, requests=n), "it is counted")
+    assert loads == [100, 200, 300, 400, 500]  # never more, never less, whoever counts it
+
+
+def test_a_prompt_in_chunked_prefill_counts_whole_from_the_first_chunk(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    dispatcher.dispatch("long", 1_500)
+    rank.step(request("long", 1_500), chunk=256)
+    assert rank.scheduler.load_inquirer.get_loads().num_total_tokens == 256  # what SGLang itself balances by
+    eventually(lambda: shows(dispatcher, holding=1_500, in_flight=0, requests=1), "it counts whole")
+    rank.scheduler.running["long"] = rank.scheduler.chunked_req.kv_allocated_len = 512
+    rank.step()
+    eventually(lambda: shows(dispatcher, holding=1_500, in_flight=0), "and stays whole")
+
+
+def test_a_request_whose_grammar_is_compiled_stays_in_flight_until_it_counts(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    dispatcher.dispatch("json", 70)
+    compiling = request("json", 70)
+    rank.scheduler.grammar_manager.grammar_queue.append(compiling)
+    rank.loop(compiling, queue=False)
+    rank.step(request("plain", 5))
+    eventually(lambda: shows(dispatcher, holding=5, in_flight=70), "still in flight")
+    rank.scheduler.grammar_manager.grammar_queue.clear()
+    rank.scheduler.waiting.append(compiling)
+    rank.step()
+    eventually(lambda: shows(dispatcher, holding=75, in_flight=0), "counted, and no more in flight")
+
+
+def test_a_request_that_is_rejected_at_once_ends_without_a_step(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    dispatcher.dispatch("too-long", 900)
+    rank.loop(request("too-long", 900), queue=False)
+    eventually(lambda: shows(dispatcher, holding=0, in_flight=0), "its booking has ended")
+
+
+def test_an_abort_of_a_queued_request_is_seen_without_a_step(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    rank.loop(request("r", 40))
+    eventually(lambda: shows(dispatcher, holding=40, in_flight=0), "it is queued")
+    rank.scheduler.waiting.clear()
+    rank.loop()
+    eventually(lambda: shows(dispatcher, holding=0, in_flight=0, requests=0), "it is gone")
+
+
+def test_two_thousand_ids_in_one_step_all_end(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
+    batch = [request(f"r{number}", 3) for number in range(2_000)]
+    dispatcher.dispatch_many([Request(one.rid, 3) for one in batch])
+    rank.step(SimpleNamespace(batch=batch))
+    eventually(lambda: shows(dispatcher, holding=6_000, in_flight=0, requests=2_000), "every one of them")
+
+
+def test_a_request_that_nobody_booked_is_counted_and_harms_nothing(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    rank.step(request("routed-by-somebody-else", 30), SimpleNamespace(what="a control message"))
+    rank.step(request("routed-by-somebody-else", 30))
+    eventually(lambda: shows(dispatcher, holding=30, in_flight=0), "it is counted")
+    assert not rank.hooks._trouble.counts
+
+
+def test_an_id_that_carries_a_mark_is_known_by_it(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
+    dispatcher.dispatch("mine", 20)
+    rank.step(request(f"cmpl-{marked('mine')}-0", 20))
+    eventually(lambda: shows(dispatcher, holding=20, in_flight=0), "its booking has ended")
+
+
+def test_an_embedding_request_is_acknowledged_like_any_other(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    dispatcher.dispatch("embed", 20)
+    embedding = SimpleNamespace(rid="embed", input_ids=[1] * 20, image_inputs=None)
+    rank.step(SimpleNamespace(batch=[embedding]))
+    eventually(lambda: shows(dispatcher, holding=20, in_flight=0), "its booking has ended")
+
+
+def test_a_process_that_leads_no_rank_reports_nothing(settings: Settings, dispatcher: Dispatcher) -> None:
+    follower = Rank(settings, Scheduler(rank=None))
+    follower.step(request("r", 10))
+    assert follower.hooks._hook is None
+    assert not _ranks(dispatcher)
+
+
+def test_a_scheduler_that_cannot_be_read_goes_on_and_it_is_said_once(
+    rank: Rank, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank.scheduler.load_inquirer = None
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            rank.step(request("r", 10))
+    assert len(caplog.messages) == 1
+    assert "the engine goes on without" in caplog.messages[0]
+
+
+def test_an_idle_rank_reports_nothing_new(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
+    rank.step(request("r", 10))
+    eventually(lambda: shows(dispatcher, holding=10, in_flight=0), "it is counted")
+    assert rank.hooks._hook
+    before = rank.hooks._hook._step
+    for _ in range(1_000):
+        rank.loop()
+    assert rank.hooks._hook._step == before
+
+
+def test_where_ranks_exchange_nothing_the_gather_is_off_and_it_is_said(
+    settings: Settings, dispatcher: Dispatcher, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        plain = Rank(settings, form="gather")
+    eventually(lambda: len(_ranks(dispatcher)) == 1, "it reports alone")
+    assert "does not gather" in caplog.text
+    plain.close()
