@@ -1,0 +1,185 @@
+"""Four dispatchers outside a real SGLang, each in a process of its own, and bursts: how evenly are its ranks filled?
+
+    python -m tests.bench.sglang_dispatchers http://127.0.0.1:30020 redis://127.0.0.1:6379/0 four
+
+The server has dp-balancer's hook in it and DP_BALANCER_DISPATCH=0; started with --load-balance-method total_tokens, its
+own controller is one of the methods. The hook's counts in Redis are the measure for all of them: every 20 ms the tokens
+held by the fullest rank over the mean, weighted by the mean.
+
+    shared          dp-balancer: one EVAL per request
+    round_robin     each dispatcher its own turn
+    polling         the least of /v1/loads, polled by each dispatcher every INTERVAL ms
+    polling+own     the same, plus what the dispatcher itself has sent since
+    controller      no rank named: SGLang's total_tokens decides
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from balancer import Dispatcher, Settings
+
+METHODS = ("shared", "round_robin", "polling", "polling+own", "controller")
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Chooser:
+    """One dispatcher's way to a rank."""
+
+    def __init__(self, method: str, server: str, redis: str, pool: str, seed: int, interval_ms: int) -> None:
+        self._rng = random.Random(seed)
+        self._ranks = len(loads_of(server))
+        self._turn = self._rng.randrange(self._ranks)
+        self._seen = [0] * self._ranks
+        self._lock = threading.Lock()
+        self._dispatcher = Dispatcher(Settings(url=redis, pool=pool, budget_ms=2_000)) if method == "shared" else None
+        self._adds = method == "polling+own"
+        self.choose: Callable[[str, int], int | None] = getattr(self, "_" + method.split("+")[0])
+        if method.startswith("polling"):
+            threading.Thread(target=self._poll, args=(server, interval_ms / 1000), daemon=True).start()
+            time.sleep(2 * interval_ms / 1000)
+
+    def _shared(self, id_: str, tokens: int) -> int | None:
+        assert self._dispatcher
+        return self._dispatcher.dispatch(id_, tokens).index
+
+    def _round_robin(self, id_: str, tokens: int) -> int | None:
+        self._turn += 1
+        return self._turn % self._ranks
+
+    def _polling(self, id_: str, tokens: int) -> int | None:
+        with self._lock:
+            least = min(self._seen)
+            rank = self._rng.choice([rank for rank, seen in enumerate(self._seen) if seen == least])
+            if self._adds:
+                self._seen[rank] += tokens
+            return rank
+
+    def _controller(self, id_: str, tokens: int) -> int | None:
+        return None
+
+    def _poll(self, server: str, interval_s: float) -> None:
+        while True:
+            seen = loads_of(server)
+            with self._lock:
+                self._seen = seen
+            time.sleep(interval_s)
+
+
+def loads_of(server: str) -> list[int]:
+    with _OPENER.open(f"{server}/v1/loads?include=core", timeout=60) as answer:
+        loads = json.loads(answer.read())["loads"]
+    return [load["num_total_tokens"] for load in sorted(loads, key=lambda load: load["dp_rank"])]
+
+
+def dispatcher(
+    method: str, number: int, arguments: argparse.Namespace, seed: int, begin: Any, failed: Any, done: Any
+) -> None:
+    """One process: at each beginning a burst, all its requests at once."""
+    rng = random.Random(f"{seed}-{number}")
+    chooser = Chooser(method, arguments.server, arguments.redis, arguments.pool, seed * 10 + number, arguments.interval)
+    with ThreadPoolExecutor(arguments.each) as pool:
+        for burst in range(arguments.bursts):
+            begin.wait()
+            jobs = []
+            for count in range(arguments.each):
+                tokens = min(1_500, max(8, int(rng.lognormvariate(5.0, 1.1))))
+                id_ = f"{method}-{seed}-{number}-{burst}-{count}"
+                jobs.append(pool.submit(send, arguments, chooser, id_, tokens, rng.randrange(8, 48), rng.random()))
+                time.sleep(rng.expovariate(1 / 0.01))
+            failed.value += sum(not job.result() for job in jobs)
+            done.wait()
+
+
+def send(arguments: argparse.Namespace, chooser: Chooser, id_: str, tokens: int, new_tokens: int, salt: float) -> bool:
+    ids = [5 + int(salt * 1e6 + at * 31) % 90 for at in range(tokens)]
+    body: dict[str, Any] = {
+        "input_ids": ids,
+        "rid": id_,
+        "sampling_params": {"max_new_tokens": new_tokens, "ignore_eos": True},
+    }
+    rank = chooser.choose(id_, tokens)
+    if rank is not None:
+        body["routed_dp_rank"] = rank
+    request = urllib.request.Request(
+        f"{arguments.server}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with _OPENER.open(request, timeout=300) as answer:
+            answer.read()
+        return True
+    except OSError:
+        return False
+
+
+def measure(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Bursts by four dispatchers; max/mean of the ranks' tokens, seconds, failures."""
+    context = multiprocessing.get_context("spawn")
+    count = arguments.dispatchers
+    begin, done, failed = context.Barrier(count + 1), context.Barrier(count + 1), context.Value("i", 0)
+    processes = [
+        context.Process(target=dispatcher, args=(method, number, arguments, seed, begin, failed, done))
+        for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    peaks = means = 0.0
+    began = time.monotonic()
+    with Dispatcher(Settings(url=arguments.redis, pool=arguments.pool, budget_ms=5_000)) as looker:
+        for _ in range(arguments.bursts):
+            begin.wait()
+            waiter = threading.Thread(target=done.wait)
+            waiter.start()
+            while waiter.is_alive():
+                held = [rank.load_tokens for rank in looker.snapshot().ranks]
+                peaks, means = peaks + max(held), means + statistics.mean(held)
+                time.sleep(0.02)
+    for process in processes:
+        process.join()
+    return {"max_over_mean": peaks / means, "seconds": time.monotonic() - began, "failed": failed.value}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server")
+    parser.add_argument("redis")
+    parser.add_argument("pool")
+    parser.add_argument("--dispatchers", type=int, default=4)
+    parser.add_argument("--each", type=int, default=12, help="requests per dispatcher and burst")
+    parser.add_argument("--bursts", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--intervals", default="100", help="polling intervals in ms, with commas")
+    arguments = parser.parse_args()
+    rows = []
+    for interval in map(int, arguments.intervals.split(",")):
+        arguments.interval = interval
+        for method in METHODS:
+            if interval != int(arguments.intervals.split(",")[0]) and not method.startswith("polling"):
+                continue
+            name = f"{method} {interval} ms" if method.startswith("polling") else method
+            found = [measure(method, seed, arguments) for seed in range(arguments.seeds)]
+            ratios = [one["max_over_mean"] for one in found]
+            failed = sum(one["failed"] for one in found)
+            print(
+                f"{name:<20} max/mean {statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                f"   {statistics.mean(one['seconds'] for one in found):6.1f} s   {failed:.0f} failed",
+                flush=True,
+            )
+            rows.append({"method": name, "runs": found})
+    Path("out").mkdir(exist_ok=True)
+    Path("out/sglang-dispatchers.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
