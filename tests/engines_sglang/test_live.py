@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import redis
@@ -125,18 +126,13 @@ def test_while_a_long_prompt_is_prefilled_its_rank_counts_all_of_it(
 def test_a_client_that_hangs_up_leaves_nothing(
     server: SGLangServer, outside: Dispatcher, eventually: Eventually
 ) -> None:
+    sampling = {"max_new_tokens": 4_000, "ignore_eos": True}
+    body = json.dumps({"input_ids": [11] * 40, "sampling_params": sampling, "stream": True})
     for _ in range(4):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        body = {
-            "input_ids": [11] * 40,
-            "sampling_params": {"max_new_tokens": 4_000, "ignore_eos": True},
-            "stream": True,
-        }
-        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        answer.read(20)
-        answer.close()
-        connection.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+            connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+            with connection.getresponse() as answer:
+                answer.read(20)
     eventually(lambda: is_at_rest(outside.snapshot()), "the aborted requests are gone", within_s=90)
 
 
@@ -144,9 +140,9 @@ def test_an_aborted_request_leaves_nothing(server: SGLangServer, outside: Dispat
     sender = threading.Thread(target=server.generate, args=(40, 3_000), kwargs={"rid": "to-abort"})
     sender.start()
     eventually(lambda: not is_at_rest(outside.snapshot()), "it is there")
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("POST", "/abort_request", json.dumps({"rid": "to-abort"}), {"Content-Type": "application/json"})
-    connection.getresponse().read()
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.request("POST", "/abort_request", '{"rid": "to-abort"}', {"Content-Type": "application/json"})
+        connection.getresponse().close()
     sender.join(60)
     eventually(lambda: is_at_rest(outside.snapshot()), "the aborted request is gone")
 

@@ -34,6 +34,7 @@ class Scheduler:
         self.load_inquirer = SimpleNamespace(get_loads=self._loads)
         self.grammar_manager = SimpleNamespace(grammar_queue=[])
         self.chunked_req: Any = None
+        self.tp_cpu_group: Any = None
         self.waiting: list[Any] = []
         self.running: dict[str, int] = {}  # by rid: tokens in the KV pool
 
@@ -235,3 +236,24 @@ def test_where_ranks_exchange_nothing_the_gather_is_off_and_it_is_said(
     eventually(lambda: len(_ranks(dispatcher)) == 1, "it reports alone")
     assert "does not gather" in caplog.text
     plain.close()
+
+
+def test_with_pipeline_parallelism_the_gather_is_off_and_it_is_said(
+    settings: Settings,
+    dispatcher: Dispatcher,
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gather = pytest.importorskip("scheduler_hooks.gather")
+    monkeypatch.setattr(gather, "sizes", lambda group: (2, 4))
+    scheduler = Scheduler()
+    hooks = Scheduling(PluginSettings(settings, engine="e", form="gather"))
+    hooks.received(None, scheduler, [])
+    info = SimpleNamespace(global_num_tokens=[0, 0], num_dp_ranks=2)
+    with caplog.at_level(logging.WARNING):
+        hooks.synced(None, info, device="cpu", group=None)
+    assert "exchange over another group" in caplog.text
+    eventually(lambda: len(_ranks(dispatcher)) == 1, "it reports alone")
+    assert hooks._hook
+    hooks._hook.close()
