@@ -41,7 +41,24 @@ soak: $(READY)  ## a million random operations against the oracle (ARGS="--opera
 bench: $(READY)  ## speed as ratios in one run, JSON in out/bench.json
 	$(BIN)/python -m tests.bench $(ARGS)
 
+# A kit beside the checkout starts a real SGLang on a CPU; ENGINES_HOME says where it is installed.
+KIT := ../shared/engines
+export ENGINES_HOME ?= $(HOME)/.cache/engines
+SGLANG_PIP := $(ENGINES_HOME)/sglang/bin/pip
+sglang-ready: $(READY)
+	@test -x $(KIT)/sglang/install || { echo "no engine kit at $(KIT): real engines are started with it"; exit 1; }
+	@$(KIT)/sglang/install
+	@$(SGLANG_PIP) install --quiet --disable-pip-version-check --editable .
+
+test-engines: test-sglang  ## the plugins in real engines (ARGS, DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
+
+test-sglang: sglang-ready
+	$(PYTEST) tests/engines_sglang -s $(ARGS)
+
+bench-sglang: sglang-ready  ## the seed's table on a real SGLang: round robin beside minimum tokens
+	@$(BIN)/python -m tests.bench.sglang $(ARGS)
+
 clean:  ## remove the environment and what tools left behind
 	rm -rf .venv out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test lint chaos test-docker soak bench clean
+.PHONY: help demo test lint chaos test-docker soak bench sglang-ready test-engines test-sglang bench-sglang clean

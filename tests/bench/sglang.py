@@ -17,9 +17,9 @@ from typing import Any
 
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks.demo.table import render
+from tests.engines_sglang.probe import PROBE, costs
 from tests.engines_sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
 
-PROBE = ROOT / "tests" / "engines_sglang" / "probe"
 FIGURES = {
     "requests": "completed",
     "duration_s": "duration",
@@ -48,19 +48,6 @@ def bench(server: SGLangServer, arguments: argparse.Namespace, seed: int) -> dic
         subprocess.run(command, check=True, capture_output=True, timeout=900)
         found: dict[str, Any] = json.loads(rows.read_text().splitlines()[-1])
         return found
-
-
-def costs(folder: Path) -> str:
-    """p50 and p99 of what the probe has taken, in microseconds."""
-    taken: dict[str, list[float]] = {}
-    for file in folder.glob("*.json"):
-        for what, seconds in json.loads(file.read_text()).items():
-            taken.setdefault(what, []).extend(seconds)
-    lines = [f"{'inside the engine':<22}{'p50 (us)':>12}{'p99 (us)':>12}{'calls':>10}"]
-    for what, seconds in sorted(taken.items()):
-        cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
-        lines.append(f"{what:<22}{cuts[49] * 1e6:>12,.0f}{cuts[98] * 1e6:>12,.0f}{len(seconds):>10,}")
-    return "\n".join(lines)
 
 
 def main() -> None:

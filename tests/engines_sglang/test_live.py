@@ -21,6 +21,7 @@ from balancer import Dispatcher, Placement, PoolSnapshot, Request, Settings
 from balancer.embedded import EmbeddedRedis
 from tests.engines_sglang.link import Link
 from tests.engines_sglang.load import Load
+from tests.engines_sglang.probe import PROBE, costs
 from tests.engines_sglang.server import SGLangServer, what_is_missing
 
 Eventually = Callable[..., float]
@@ -41,9 +42,10 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(form: str, link: Link) -> Iterator[SGLangServer]:
+def server(form: str, link: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     assert not what_is_missing(), what_is_missing()
     flags, environment = FORMS[form]
+    probed = tmp_path_factory.mktemp("probe")
     with SGLangServer(
         PORT,
         *flags,
@@ -52,9 +54,13 @@ def server(form: str, link: Link) -> Iterator[SGLangServer]:
         DP_BALANCER_URL=link.url,
         DP_BALANCER_POOL=form,
         DP_BALANCER_ENGINE="e",
+        DPB_PROBE_DIR=str(probed),
+        PYTHONPATH=str(PROBE),
+        SGLANG_PLUGINS="dp_balancer,dpb_probe",
         **environment,
     ) as server:
         yield server
+        print(f"\n{form}\n{costs(probed)}")
 
 
 @pytest.fixture
