@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -85,8 +85,7 @@ class SGLangServer:
 
     def generate(self, tokens: int = 8, new_tokens: int = 4, **more: Any) -> Any:
         """One native request with `tokens` prompt tokens; its answer's meta_info names the DP rank."""
-        seed = time.monotonic_ns()
-        ids = [5 + (seed // 7**i + 13 * i) % 90 for i in range(tokens)]
+        ids = random.choices(range(5, 95), k=tokens)
         sampling = {"max_new_tokens": new_tokens, "ignore_eos": True}
         return self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more})
 
