@@ -1,0 +1,13 @@
+"""The plugin for vLLM: every EngineCore reports its rank, and, where asked to, every API server dispatches by the pool.
+
+vLLM calls `register` in each of its processes (entry point `dp_balancer` in the group `vllm.general_plugins`); without
+DP_BALANCER_URL it does nothing. vLLM is imported when `register` runs, not before.
+
+    attach       feature detection, and the two wraps: the scheduler's class, the client's add_request_async
+    scheduler    what every scheduler class gets: acknowledgements and counts    counts       the counts, kept per step
+    dispatching  the dispatcher inside an API server                             environment  names, logs, switches
+"""
+
+from scheduler_hooks.vllm.attach import register
+
+__all__ = ["register"]

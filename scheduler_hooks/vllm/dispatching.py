@@ -1,0 +1,133 @@
+"""The dispatcher inside an API server: before vLLM's client sends a request to an EngineCore, the pool chooses which.
+
+One EVAL on the API server's own event loop, with the id and the token count that the scheduler will see. Whenever the
+pool has no answer (Redis away, nobody joined, a rank that this server cannot reach), vLLM's own balancer decides, as
+if we were not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from balancer import AsyncDispatcher, BalancerError, Outcome, Placement, Settings
+from scheduler_hooks.once import Once
+
+log = logging.getLogger("scheduler_hooks.vllm")
+
+Send = Callable[[Any, Any], Awaitable[None]]
+
+
+class InsideDispatcher:
+    """Places the requests of one API server on the ranks of its own engine. Belongs to one event loop.
+
+    `counters` says how many requests were placed by the pool, and how many vLLM placed, by reason.
+    """
+
+    def __init__(self, settings: Settings, engine: str) -> None:
+        self.counters: Counter[str] = Counter()
+        self._dispatcher = AsyncDispatcher(settings)
+        self._pool, self._engine = settings.pool, engine
+        self._trouble = Once(log)
+        self._in_background: set[asyncio.Task[Any]] = set()
+
+    async def place(self, request_id: str, tokens: int, ranks: Sequence[int]) -> int | None:
+        """Book the request; the position in `ranks` of the rank chosen, or None: then vLLM is to choose.
+
+        `ranks`: the data-parallel indices that this client can send to. A caller that is cancelled leaves no booking.
+        """
+        # A task of its own: were the EVAL cancelled half-way, nobody could tell whether it has booked.
+        booking = self._spawn(self._dispatcher.dispatch(request_id, tokens))
+        try:
+            placement = await asyncio.shield(booking)
+        except asyncio.CancelledError:
+            booking.add_done_callback(lambda _: self.release(request_id))
+            raise
+        except BalancerError as error:
+            self._leave_to_vllm("no rank", "pool %s gives no rank: %s", self._pool, error)
+            return None
+        return self._position(placement, ranks)
+
+    def release(self, request_id: str) -> None:
+        """End a booking, without waiting for it."""
+        self._spawn(self._dispatcher.release(request_id))
+
+    def _position(self, placement: Placement, ranks: Sequence[int]) -> int | None:
+        if placement.outcome is Outcome.FALLBACK:
+            self.counters["redis away"] += 1  # the dispatcher has said so in the log, once
+            return None
+        if placement.engine != self._engine or placement.index not in ranks:
+            self.release(placement.request.request_id)
+            self._leave_to_vllm(
+                "foreign rank",
+                "pool %s has ranks of others (%s): give each server whose API servers dispatch a pool of its own",
+                self._pool,
+                placement.rank,
+            )
+            return None
+        self.counters["placed"] += 1
+        return ranks.index(placement.index)
+
+    def _leave_to_vllm(self, reason: str, message: str, *arguments: object) -> None:
+        self.counters[reason] += 1
+        self._trouble.note(reason, message + "; vLLM's own balancer decides", *arguments)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._in_background.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._in_background.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it has it too; a release that failed is left to the lease
+
+
+def prompt_tokens(request: Any) -> int:
+    """Tokens of an `EngineCoreRequest`'s prompt, given as ids or as embeddings; at least 1."""
+    prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
+    return max(1, len(prompt))
+
+
+def is_ours_to_place(client: Any, request: Any) -> bool:
+    """Whether the pool may choose: not for pooling, nor a session's next input, nor where the caller has chosen."""
+    return (
+        request.data_parallel_rank is None
+        and request.pooling_params is None
+        and not request.resumable
+        and request.request_id not in client.reqs_in_flight
+    )
+
+
+def dispatching(send: Send, begin: Callable[[], InsideDispatcher]) -> Send:
+    """`DPLBAsyncMPClient.add_request_async` with the pool's choice before it.
+
+    `begin` makes a client's dispatcher, at its first request: that is when its event loop runs.
+    """
+    trouble = Once(log)
+
+    async def add_request_async(client: Any, request: Any) -> None:
+        dispatcher: InsideDispatcher | None = None
+        position: int | None = None
+        try:
+            if is_ours_to_place(client, request):
+                dispatcher = client.__dict__.get("_dp_balancer") or client.__dict__.setdefault("_dp_balancer", begin())
+                position = await dispatcher.place(
+                    request.request_id, prompt_tokens(request), client.engine_ranks_managed
+                )
+        except Exception as error:
+            trouble.note("dispatch", "a dispatch failed, vLLM's own balancer decides: %r", error, level=logging.ERROR)
+        if dispatcher is None or position is None:
+            return await send(client, request)
+        request.data_parallel_rank = position
+        try:
+            return await send(client, request)
+        except BaseException:  # cancelled, too: it may never have left
+            dispatcher.release(request.request_id)
+            raise
+
+    return add_request_async

@@ -1,0 +1,67 @@
+"""What this plugin takes from its surroundings: the engine's name, the switches that only vLLM has, vLLM's own log.
+
+DP_BALANCER_DISPATCH     1: API servers choose ranks by the pool (default 0: vLLM's own balancer does)
+DP_BALANCER_CAPACITY     1: a rank's KV cache is its capacity, beyond which it is full (default 0: requests may queue)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+
+from balancer import InvalidInput
+from balancer.model import MAX_NAME_BYTES
+
+OURS = ("scheduler_hooks", "balancer")
+_PORT_OF_SERVE = "8000"
+
+
+def default_engine(arguments: Sequence[str]) -> str:
+    """HOST-PORT of `vllm serve`, by its command line; HOST-PID where that does not tell the port."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "host"
+    return f"{host[: MAX_NAME_BYTES - 12]}-{_port(arguments) or os.getpid()}"
+
+
+def _port(arguments: Sequence[str]) -> str | None:
+    if "serve" not in arguments or any(word.startswith(("--config", "--uds")) for word in arguments):
+        return None
+    for at, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--port":
+            value = value if equals else "".join(arguments[at + 1 : at + 2])
+            return value if value.isdecimal() else None
+    return _PORT_OF_SERVE
+
+
+def agree_on_engine(environment: MutableMapping[str, str], arguments: Sequence[str]) -> str:
+    """The engine's name, the same in every process of one `vllm serve`.
+
+    The first process that asks (the parent of API servers and EngineCores) writes it into its environment, which its
+    children inherit. Nodes of one deployment share no environment: there DP_BALANCER_ENGINE is to be set on each.
+    """
+    return environment.setdefault("DP_BALANCER_ENGINE", default_engine(arguments))
+
+
+def wants_capacity(environment: Mapping[str, str]) -> bool:
+    """Whether the KV cache's size is to be a rank's capacity. Raises `InvalidInput`."""
+    text = environment.get("DP_BALANCER_CAPACITY") or "0"
+    if text not in ("0", "1"):
+        raise InvalidInput(f"DP_BALANCER_CAPACITY must be 0 or 1, not {text!r}")
+    return text == "1"
+
+
+def log_as_vllm() -> None:
+    """Let this project's loggers write where vLLM's do, which is nowhere else than in its own logger's handlers.
+
+    Whoever has configured our loggers already is left alone.
+    """
+    vllm = logging.getLogger("vllm")
+    for name in OURS:
+        ours = logging.getLogger(name)
+        if vllm.handlers and not ours.handlers and ours.level == logging.NOTSET:
+            ours.handlers = list(vllm.handlers)
+            ours.setLevel(vllm.level)
+            ours.propagate = False
