@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from balancer import in_flight_id
 from balancer.marker import received_id
 from scheduler_hooks.once import Once
 from scheduler_hooks.step_hook import StepHook
@@ -44,11 +45,17 @@ class HeldRequest(Protocol):
         ...
 
 
-def in_flight_id_of(request: HeldRequest) -> int:
-    """The in-flight id under which a dispatcher booked this request: by its mark, else by its id."""
+def in_flight_ids_of(request: HeldRequest) -> set[int]:
+    """The in-flight ids under which dispatchers booked this request.
+
+    Outside dispatchers book the id in their mark, the one inside books the engine's own id, mark or not.
+    """
     extra = getattr(request.sampling_params, "extra_args", None)
     mark = extra.get(MARK_IN_EXTRA_ARGS) if extra else None
-    return received_id(mark if isinstance(mark, str) else request.request_id)
+    return {
+        received_id(mark if isinstance(mark, str) else request.request_id),
+        in_flight_id(request.request_id),
+    }
 
 
 class Counts:
@@ -70,7 +77,8 @@ class Counts:
             tokens = request.num_tokens
             self.held_tokens += tokens
             self.requests += 1
-            self._received.setdefault(in_flight_id_of(request), tokens)
+            for id_ in in_flight_ids_of(request):
+                self._received.setdefault(id_, tokens)
 
     def generated(self, outputs: Iterable[Any]) -> None:
         """A step's `EngineCoreOutputs`: every request that grew in it has one, with the tokens that it grew by."""

@@ -1,7 +1,7 @@
 """A user's own scheduler class for `vllm serve --scheduler-cls vllm_audit.AuditedScheduler`, which checks the hook.
 
 Runs inside each EngineCore. At every hand-over of the hook it writes a line to $VLLM_AUDIT/RANK.jsonl: what the hook
-said beside what the scheduler's requests sum up to, counted from nothing. The test compares the two, and Redis with them.
+said beside what the scheduler's requests sum up to, counted from nothing. The test compares the two, and Redis to them.
 """
 
 from __future__ import annotations

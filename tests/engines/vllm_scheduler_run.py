@@ -1,7 +1,7 @@
 """vLLM's real scheduler in this process, with the hook that the plugin attaches to it; run by vLLM's own Python.
 
-    python vllm_scheduler_run.py play MODEL SEED STEPS     random traffic; every hand-over against the scheduler's own sum
-    python vllm_scheduler_run.py cost MODEL LIVE STEPS     what the hook adds to a step, in us
+    python vllm_scheduler_run.py play MODEL SEED STEPS FORM     random traffic: are all hand-overs right?
+    python vllm_scheduler_run.py cost MODEL LIVE STEPS          what the hook adds to a step, in us
 
 Prints one line of JSON. Execution is replaced by random tokens, and by nothing else: admission, chunked prefill,
 preemption, asynchronous scheduling, speculative decoding, sessions and aborts are vLLM's.
@@ -183,7 +183,7 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
 
 
 def cost(model: str, live: int, steps: int) -> dict[str, Any]:
-    """Time in the hook per step, at `live` decoding requests: all of each call that is not vLLM's own part of it."""
+    """CPU time of the step thread in the hook, per step with `live` requests: what of each call is not vLLM's own."""
     inner = 0.0
 
     def timed(name: str) -> None:
@@ -191,11 +191,11 @@ def cost(model: str, live: int, steps: int) -> dict[str, Any]:
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal inner
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 return method(self, *args, **kwargs)
             finally:
-                inner += time.perf_counter() - start
+                inner += time.thread_time() - start
 
         setattr(Scheduler, name, call)
 
@@ -211,15 +211,15 @@ def cost(model: str, live: int, steps: int) -> dict[str, Any]:
     hook_us, step_ms = [], []
     for _ in range(steps):
         inner = 0.0
-        start = time.perf_counter()
+        start = time.thread_time()
         planned = scheduler.schedule()
-        planned_s = time.perf_counter() - start
+        planned_s = time.thread_time() - start
         ids = list(planned.num_scheduled_tokens)
         output = ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, [[17]] * len(ids))
         time.sleep(0.002)  # the device computes, and the publisher's thread has its time
-        start = time.perf_counter()
+        start = time.thread_time()
         scheduler.update_from_output(planned, output)
-        whole_s = planned_s + time.perf_counter() - start
+        whole_s = planned_s + time.thread_time() - start
         hook_us.append((whole_s - inner) * 1e6)
         step_ms.append(inner * 1e3)
         if len(scheduler.requests) < live:
@@ -239,8 +239,5 @@ def cost(model: str, live: int, steps: int) -> dict[str, Any]:
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     what, model, first, second, *form = sys.argv[1:]
-    if what == "play":
-        said = play(model, int(first), int(second), *form)
-    else:
-        said = cost(model, int(first), int(second))
+    said = play(model, int(first), int(second), *form) if what == "play" else cost(model, int(first), int(second))
     print(json.dumps(said))
