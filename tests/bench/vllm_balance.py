@@ -1,0 +1,169 @@
+"""Beside vLLM's own balancer: the same server, the same traffic, in turn placed by vLLM and by the pool.
+
+    python -m tests.bench.vllm_balance [--model moe] [--rounds 4] [--seconds 30] [--rate 6]
+
+One vLLM of four ranks and four API servers from the engine kit serves all rounds. In a round for vLLM the engine is
+drained in the pool: then the pool has no rank to give, and vLLM's own balancer decides, as if we were not there, in the
+very same processes. Rounds alternate, and both sides of a pair get the same prompts at the same times.
+Traffic: Poisson arrivals; one prompt in eight is a document. Writes out/vllm_balance.json, prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from balancer import Dispatcher, PoolAdmin
+from tests.engines.vllm_kit import PORT, VllmServer, at_rest, redis_on
+
+ENGINE_RANKS = 4
+LOOK_EVERY_S = 0.1
+SHORT, LONG, LONG_SHARE = (20, 250), (1_500, 4_000), 0.125
+OUTPUT = (16, 160)
+
+
+@dataclass(slots=True)
+class Call:
+    """One request: when to send it (s), words of its prompt, tokens of its answer; then what was measured (s)."""
+
+    at_s: float
+    words: int
+    output: int
+    first_s: float = 0.0
+    end_s: float = 0.0
+    failed: bool = False
+
+
+def traffic(seed: int, seconds: float, rate: float) -> list[Call]:
+    """Poisson arrivals with a heavy tail of prompts."""
+    dice = random.Random(seed)
+    calls, at_s = [], 0.0
+    while (at_s := at_s + dice.expovariate(rate)) < seconds:
+        words = dice.randint(*(LONG if dice.random() < LONG_SHARE else SHORT))
+        calls.append(Call(at_s, words, dice.randint(*OUTPUT)))
+    return calls
+
+
+def send(server: VllmServer, call: Call, start: float) -> None:
+    """One streamed completion; notes the time to its first token and to its end."""
+    time.sleep(max(0.0, start + call.at_s - time.monotonic()))
+    begun = time.monotonic()
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+        body = {"model": "tiny", "prompt": [17 + call.at_s.__hash__() % 97] * call.words, "max_tokens": call.output}
+        text = json.dumps(body | {"ignore_eos": True, "stream": True})
+        connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        call.failed = answer.status != 200
+        answer.readline()
+        call.first_s = time.monotonic() - begun
+        answer.read()
+        call.end_s = time.monotonic() - begun
+        connection.close()
+    except OSError:
+        call.failed = True
+
+
+def look(server: VllmServer, end: threading.Event, seen: list[list[int]]) -> None:
+    """Note every rank's held tokens, as the schedulers report them, until the end."""
+    with Dispatcher(server.settings) as looker:
+        while not end.wait(LOOK_EVERY_S):
+            seen.append([rank.holding_tokens for rank in looker.snapshot().ranks])
+
+
+def one_round(server: VllmServer, by_pool: bool, seed: int, seconds: float, rate: float) -> dict[str, float]:
+    """One side's round; its numbers."""
+    admin = PoolAdmin(server.settings)
+    with Dispatcher(server.settings) as dispatcher:
+        engine = dispatcher.snapshot().engines[0].engine
+    admin.undrain(engine) if by_pool else admin.drain(engine)
+    calls, seen, end = traffic(seed, seconds, rate), [], threading.Event()
+    looking = threading.Thread(target=look, args=(server, end, seen))
+    looking.start()
+    start = time.monotonic() + 0.5
+    threads = [threading.Thread(target=send, args=(server, call, start)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took_s = time.monotonic() - start
+    end.set()
+    looking.join()
+    admin.undrain(engine)
+    admin.close()
+    at_rest(server.settings)
+    busy = [held for held in seen if sum(held) > 0]
+    good = [call for call in calls if not call.failed]
+    first = sorted(call.first_s for call in good)
+    return {
+        "requests": len(calls),
+        "failed": len(calls) - len(good),
+        "gap_tokens": statistics.fmean(max(held) - min(held) for held in busy),
+        "max_over_mean": statistics.fmean(max(held) * len(held) / sum(held) for held in busy),
+        "ttft_mean_ms": 1e3 * statistics.fmean(first),
+        "ttft_p99_ms": 1e3 * first[int(len(first) * 0.99)],
+        "tpot_mean_ms": 1e3 * statistics.fmean((c.end_s - c.first_s) / max(1, c.output - 1) for c in good),
+        "output_tokens_per_s": sum(call.output for call in good) / took_s,
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval by Student's t."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36}.get(len(values), 2.2)
+    mean = statistics.fmean(values)
+    half = t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return mean, mean - half, mean + half
+
+
+def main() -> None:
+    """Run the rounds, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("moe", "dense"), default="moe")
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of rounds")
+    parser.add_argument("--seconds", type=float, default=30, help="of arrivals in each round")
+    parser.add_argument("--rate", type=float, default=6, help="requests per second")
+    parser.add_argument("--out", type=Path, default=Path("out/vllm_balance.json"))
+    options = parser.parse_args()
+    port = PORT + 10 * (options.model == "moe")
+    with redis_on(PORT + 400) as url:
+        server = VllmServer(options.model, url, port, model=f"tiny-{options.model}", flags=("--enable-scale-out",))
+        server.start()
+        try:
+            one_round(server, True, 0, 3, options.rate)  # connections made, code warm
+            pairs: list[dict[str, dict[str, float]]] = []
+            for number in range(options.rounds):
+                pair: dict[str, dict[str, float]] = {}
+                for by_pool in (number % 2 == 0, number % 2 == 1):
+                    found = one_round(server, by_pool, 100 + number, options.seconds, options.rate)
+                    pair["pool" if by_pool else "vllm"] = found
+                pairs.append(pair)
+                print(json.dumps(pair), flush=True)
+        finally:
+            server.stop()
+    table(pairs)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**vars(options), "out": str(options.out), "pairs": pairs}, indent=2) + "\n")
+
+
+def table(pairs: list[dict[str, dict[str, Any]]]) -> None:
+    """Means of both sides, and the change within pairs with its 95 % interval."""
+    print(f"{'':22}{'vLLM':>12}{'pool':>12}   change, 95 % of {len(pairs)} pairs")
+    for name in pairs[0]["pool"]:
+        if name in ("requests", "failed"):
+            print(f"{name:22}{sum(p['vllm'][name] for p in pairs):12,}{sum(p['pool'][name] for p in pairs):12,}")
+            continue
+        theirs, ours = (statistics.fmean(pair[side][name] for pair in pairs) for side in ("vllm", "pool"))
+        change = interval([100 * (pair["pool"][name] / pair["vllm"][name] - 1) for pair in pairs])
+        print(f"{name:22}{theirs:12,.2f}{ours:12,.2f}   {change[0]:+.1f} % ({change[1]:+.1f} to {change[2]:+.1f})")
+
+
+if __name__ == "__main__":
+    main()
