@@ -55,6 +55,11 @@ class InsideDispatcher:
         """End a booking, without waiting for it."""
         self._spawn(self._dispatcher.release(request_id))
 
+    async def aclose(self) -> None:
+        """Wait for what runs in the background, and close the connections."""
+        await asyncio.gather(*self._in_background, return_exceptions=True)
+        await self._dispatcher.aclose()
+
     def _position(self, placement: Placement, ranks: Sequence[int]) -> int | None:
         if placement.outcome is Outcome.FALLBACK:
             self.counters["redis away"] += 1  # the dispatcher has said so in the log, once

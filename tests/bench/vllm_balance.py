@@ -92,10 +92,11 @@ def one_round(server: VllmServer, by_pool: bool, seed: int, seconds: float, rate
     threads = [threading.Thread(target=send, args=(server, call, start)) for call in calls]
     for thread in threads:
         thread.start()
+    time.sleep(max(0.0, start + seconds - time.monotonic()))
+    end.set()  # what drains after the last arrival says nothing of who placed it
     for thread in threads:
         thread.join()
     took_s = time.monotonic() - start
-    end.set()
     looking.join()
     admin.undrain(engine)
     admin.close()

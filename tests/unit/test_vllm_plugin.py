@@ -1,0 +1,392 @@
+"""The plugin for vLLM without vLLM: names, switches, counts, the dispatcher inside, and a polite refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from balancer import InvalidInput, Reporter, Settings, in_flight_id
+from balancer.marker import marked
+from scheduler_hooks.vllm.counts import Counts
+from scheduler_hooks.vllm.dispatching import InsideDispatcher, dispatching
+from scheduler_hooks.vllm.environment import agree_on_engine, default_engine, log_as_vllm, wants_capacity
+from scheduler_hooks.vllm.scheduler import reporting
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends_with"),
+    [
+        (["vllm", "serve", "m"], "-8000"),
+        (["vllm", "serve", "m", "--port", "8123"], "-8123"),
+        (["vllm", "serve", "m", "--port=8124", "-dp", "4"], "-8124"),
+    ],
+)
+def test_an_engine_is_named_by_its_host_and_port(arguments: list[str], ends_with: str) -> None:
+    assert default_engine(arguments).endswith(ends_with)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", "import vllm"], ["vllm", "serve", "--config", "c.yaml"], ["vllm", "serve", "m", "--port"]]
+)
+def test_where_the_port_is_not_told_the_process_stands_in(arguments: list[str]) -> None:
+    import os
+
+    assert default_engine(arguments).endswith(f"-{os.getpid()}")
+
+
+def test_children_inherit_the_name_that_their_parent_gave() -> None:
+    environment: dict[str, str] = {}
+    name = agree_on_engine(environment, ["vllm", "serve", "m", "--port", "8123"])
+    assert agree_on_engine(environment, ["-c", "from multiprocessing.spawn import spawn_main"]) == name
+
+
+def test_a_rank_has_no_capacity_unless_asked_for() -> None:
+    assert wants_capacity({}) is False
+    assert wants_capacity({"DP_BALANCER_CAPACITY": "1"}) is True
+    with pytest.raises(InvalidInput, match="DP_BALANCER_CAPACITY"):
+        wants_capacity({"DP_BALANCER_CAPACITY": "full"})
+
+
+def test_our_lines_go_where_vllms_go_unless_somebody_has_configured_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = logging.NullHandler()
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("scheduler_hooks")
+    monkeypatch.setattr(theirs, "handlers", [handler])
+    monkeypatch.setattr(theirs, "level", logging.INFO)
+    for name in ("scheduler_hooks", "balancer"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    log_as_vllm()
+    assert ours.handlers == [handler]
+    assert not ours.propagate
+    other = logging.NullHandler()
+    ours.handlers = [other]
+    log_as_vllm()
+    assert ours.handlers == [other]
+
+
+class Hook:
+    """Takes hand-overs."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[int, int, dict[int, int]]] = []
+
+    def after_step(self, tokens: int, requests: int, received: dict[int, int]) -> None:
+        self.said.append((tokens, requests, received))
+
+    def close(self) -> None:
+        self.said.append((-1, -1, {}))
+
+
+def live(request_id: str, tokens: int, **more: Any) -> Any:
+    params = SimpleNamespace(extra_args=more.pop("extra_args", None))
+    return SimpleNamespace(
+        request_id=request_id, num_tokens=tokens, sampling_params=params, is_finished=lambda: False, **more
+    )
+
+
+def test_counts_follow_what_happens_to_requests() -> None:
+    hook = Hook()
+    counts = Counts({}, hook)  # type: ignore[arg-type]
+    counts.received(live("a", 100), True)
+    counts.received(live("b", 50), True)
+    counts.received(live("b", 50), False)
+    counts.hand_over()
+    output = SimpleNamespace(new_token_ids=[1, 2, 3])
+    counts.generated([SimpleNamespace(outputs=[output, output])])
+    counts.finished(53)
+    counts.changed_by(-1)
+    counts.hand_over()
+    assert hook.said == [(150, 2, {in_flight_id("a"): 100, in_flight_id("b"): 50}), (102, 1, {})]
+
+
+def test_a_count_that_went_wrong_is_corrected_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    hook, requests = Hook(), {"a": live("a", 100)}
+    counts = Counts(requests, hook, recount_every=2)  # type: ignore[arg-type]
+    counts.received(requests["a"], True)
+    requests["a"].num_tokens = 70  # by a scheduler that nobody knows
+    counts.hand_over()
+    counts.hand_over()
+    assert [said[0] for said in hook.said] == [100, 70]
+    assert counts.trouble.counts["recount"] == 1
+    assert "corrected" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("request_id", "extra"),
+    [("resp_1-0a", {"dp_balancer": marked("mine")}), (f"cmpl-{marked('mine')}-0-8d8f2f2f", None)],
+)
+def test_a_marked_request_ends_the_bookings_of_dispatchers_outside_and_inside(request_id: str, extra: Any) -> None:
+    hook = Hook()
+    counts = Counts({}, hook)  # type: ignore[arg-type]
+    counts.received(live(request_id, 9, extra_args=extra), True)
+    counts.hand_over()
+    assert set(hook.said[0][2]) == {in_flight_id("mine"), in_flight_id(request_id)}
+
+
+class Scheduler:
+    """The shape of vLLM's scheduler."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+
+    def schedule(self) -> str:
+        return "planned"
+
+    def update_from_output(self) -> dict[int, Any]:
+        return {}
+
+    def finish_requests(self) -> list[Any]:
+        for request in list(self.requests.values()):
+            self._free_request(request)
+        return []
+
+    def _free_request(self, request: Any) -> None:
+        del self.requests[request.request_id]
+
+
+def test_a_scheduler_behaves_as_before_and_reports() -> None:
+    hook = Hook()
+    scheduler = reporting(Scheduler, lambda made: Counts(made.requests, hook))()  # type: ignore[arg-type]
+    scheduler.add_request(live("a", 7))
+    assert scheduler.schedule() == "planned"
+    assert scheduler.finish_requests() == []
+    assert hook.said == [(7, 1, {in_flight_id("a"): 7}), (0, 0, {})]
+
+
+def test_a_hook_that_cannot_begin_leaves_a_scheduler_that_works() -> None:
+    def begin(scheduler: Any) -> Counts:
+        raise InvalidInput("no")
+
+    scheduler = reporting(Scheduler, begin)()
+    scheduler.add_request(live("a", 7))
+    assert scheduler.schedule() == "planned"
+
+
+def test_a_scheduler_of_another_shape_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Strange:
+        def schedule(self) -> None: ...
+
+    assert reporting(Strange, lambda made: None) is Strange  # type: ignore[arg-type, return-value]
+    assert "no add_request" in caplog.text
+
+
+def test_a_class_is_wrapped_once() -> None:
+    once = reporting(Scheduler, lambda made: None)  # type: ignore[arg-type, return-value]
+    assert reporting(once, lambda made: None) is once  # type: ignore[arg-type, return-value]
+
+
+class Client:
+    """The shape of vLLM's client of several EngineCores."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        self.engine_ranks_managed = ranks
+        self.reqs_in_flight: dict[str, Any] = {}
+        self.sent: list[tuple[str, int | None]] = []
+        self.fails: BaseException | None = None
+
+    async def add_request_async(self, request: Any) -> None:
+        if self.fails:
+            raise self.fails
+        self.sent.append((request.request_id, request.data_parallel_rank))
+
+
+def asked(request_id: str, tokens: int = 5, **more: Any) -> Any:
+    fields: dict[str, Any] = {
+        "prompt_token_ids": [1] * tokens,
+        "prompt_embeds": None,
+        "pooling_params": None,
+        "resumable": False,
+        "data_parallel_rank": None,
+    }
+    return SimpleNamespace(request_id=request_id, **(fields | more))
+
+
+Join = Callable[..., Reporter]
+
+
+Send = Callable[[Client, Any], Any]
+
+
+@pytest.fixture
+async def wrap() -> AsyncIterator[Callable[[Settings], Send]]:
+    """The wrapped method of a client, by these settings; dispatchers are closed when the test ends."""
+    made: list[InsideDispatcher] = []
+
+    def begin(settings: Settings) -> InsideDispatcher:
+        made.append(InsideDispatcher(settings, "e0"))
+        return made[-1]
+
+    yield lambda settings: dispatching(Client.add_request_async, lambda: begin(settings))
+    for dispatcher in made:
+        await dispatcher.aclose()
+
+
+async def test_the_pool_chooses_the_rank_and_has_it_booked(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 4)
+    client, send = Client([0, 1, 2, 3]), wrap(settings)
+    for number in range(4):
+        await send(client, asked(f"r{number}", tokens=100))
+    assert sorted(rank for _, rank in client.sent if rank is not None) == [0, 1, 2, 3]
+    assert dispatcher.snapshot().bookings == 4
+
+
+async def test_a_node_that_serves_the_upper_ranks_counts_from_its_own_first(
+    wrap: Any, settings: Settings, join: Join
+) -> None:
+    for index in (4, 5):
+        join("e0", 1, index=index)
+    client, send = Client([4, 5]), wrap(settings)
+    await send(client, asked("a"))
+    await send(client, asked("b"))
+    assert sorted(rank for _, rank in client.sent if rank is not None) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "request_", [asked("a", pooling_params=object()), asked("a", resumable=True), asked("a", data_parallel_rank=2)]
+)
+async def test_what_is_not_ours_to_place_is_left_alone(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any, request_: Any
+) -> None:
+    join("e0", 4)
+    client, before = Client([0, 1, 2, 3]), request_.data_parallel_rank
+    await wrap(settings)(client, request_)
+    assert client.sent == [("a", before)]
+    assert dispatcher.snapshot().bookings == 0
+
+
+async def test_without_redis_vllm_decides(wrap: Any, settings: Settings) -> None:
+    away = Settings(url="redis://127.0.0.1:1/0", pool="p", budget_ms=50)
+    client = Client([0, 1])
+    await wrap(away)(client, asked("a"))
+    assert client.sent == [("a", None)]
+
+
+async def test_a_rank_that_this_server_cannot_reach_is_given_back_and_vllm_decides(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any, eventually: Any
+) -> None:
+    join("another", 2)
+    client = Client([0, 1])
+    await wrap(settings)(client, asked("a"))
+    assert client.sent == [("a", None)]
+    await until_none_booked(dispatcher)
+
+
+async def until_none_booked(dispatcher: Any) -> None:
+    async with asyncio.timeout(10):
+        while dispatcher.snapshot().bookings:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_send_that_fails_gives_its_booking_back(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2)
+    client = Client([0, 1])
+    client.fails = ConnectionError("gone")
+    with pytest.raises(ConnectionError):
+        await wrap(settings)(client, asked("a"))
+    await until_none_booked(dispatcher)
+
+
+async def test_a_client_that_goes_while_the_pool_is_asked_leaves_no_booking(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2)
+    send = wrap(settings)
+    await send(Client([0, 1]), asked("warm"))
+    client = Client([0, 1])
+    for turns in range(1, 6):  # cancelled before, during and after the EVAL
+        task = asyncio.get_running_loop().create_task(send(client, asked(f"a{turns}")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert client.sent == []
+    dispatcher.release("warm")
+    await until_none_booked(dispatcher)
+
+
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, scheduler_config: type, parallel_config: type) -> None:
+    """A vLLM of another version, as far as `register` looks."""
+    modules = {name: ModuleType(name) for name in ("vllm", "vllm.config", "vllm.v1", "vllm.v1.core.sched.scheduler")}
+    modules |= {name: ModuleType(name) for name in ("vllm.v1.core", "vllm.v1.core.sched")}
+    modules["vllm.config"].SchedulerConfig = scheduler_config  # type: ignore[attr-defined]
+    modules["vllm.config"].ParallelConfig = parallel_config  # type: ignore[attr-defined]
+    modules["vllm.v1.core.sched.scheduler"].Scheduler = Scheduler  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("scheduler_hooks.vllm.attach.version", lambda name: "0.9.9")
+    monkeypatch.setattr("scheduler_hooks.vllm.attach.log_as_vllm", lambda: None)
+    monkeypatch.setenv("DP_BALANCER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("DP_BALANCER_ENGINE", "e0")
+
+
+def test_a_version_that_lacks_what_is_needed_is_refused_politely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from scheduler_hooks.vllm import register
+
+    class SchedulerConfig: ...
+
+    class ParallelConfig:
+        __dataclass_fields__: dict[str, Any] = {}  # noqa: RUF012
+
+    fake_vllm(monkeypatch, SchedulerConfig, ParallelConfig)
+    with caplog.at_level(logging.INFO):
+        register()
+    line = caplog.messages[-1]
+    assert "NOT reported" in line
+    assert "get_scheduler_cls" in line
+    assert "data_parallel_index" in line
+
+
+def test_it_attaches_once_however_often_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scheduler_hooks.vllm import register
+
+    class SchedulerConfig:
+        def get_scheduler_cls(self) -> type:
+            return Scheduler
+
+    class ParallelConfig:
+        __dataclass_fields__: dict[str, Any] = {"data_parallel_index": None}  # noqa: RUF012
+
+    fake_vllm(monkeypatch, SchedulerConfig, ParallelConfig)
+    register()
+    first = SchedulerConfig.get_scheduler_cls
+    register()
+    assert SchedulerConfig.get_scheduler_cls is first
+    made = SchedulerConfig().get_scheduler_cls()
+    assert issubclass(made, Scheduler)
+    assert SchedulerConfig().get_scheduler_cls() is made
+
+
+def test_nothing_that_goes_wrong_in_register_reaches_vllm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from scheduler_hooks.vllm import register
+
+    monkeypatch.setenv("DP_BALANCER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("DP_BALANCER_EVERY", "often")
+    register()
+    assert "DP_BALANCER_EVERY" in caplog.text
+
+
+def test_without_an_address_it_does_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from scheduler_hooks.vllm import register
+
+    monkeypatch.delenv("DP_BALANCER_URL", raising=False)
+    register()
+    assert not caplog.messages
