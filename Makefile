@@ -41,24 +41,36 @@ soak: $(READY)  ## a million random operations against the oracle (ARGS="--opera
 bench: $(READY)  ## speed as ratios in one run, JSON in out/bench.json
 	$(BIN)/python -m tests.bench $(ARGS)
 
-# A kit beside the checkout starts a real SGLang on a CPU; ENGINES_HOME says where it is installed.
+# Kits beside the checkout install and serve the real engines without a GPU; ENGINES_HOME says where.
 KIT := ../shared/engines
 export ENGINES_HOME ?= $(HOME)/.cache/engines
-SGLANG_PIP := $(ENGINES_HOME)/sglang/bin/pip
 sglang-ready: $(READY)
 	@test -x $(KIT)/sglang/install || { echo "no engine kit at $(KIT): real engines are started with it"; exit 1; }
 	@$(KIT)/sglang/install
-	@$(SGLANG_PIP) install --quiet --disable-pip-version-check --editable .
+	@$(ENGINES_HOME)/sglang/bin/pip install --quiet --disable-pip-version-check --editable .
 
-test-engines: test-sglang  ## the plugins in real engines (ARGS, DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
+vllm-ready: $(READY)
+	@test -x $(KIT)/vllm/install || { echo "no engine kit at $(KIT): real engines are started with it"; exit 1; }
+	@$(KIT)/vllm/install
+	@$(ENGINES_HOME)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 
-test-sglang: sglang-ready
+test-engines: test-sglang test-vllm  ## the plugins in real engines
+
+test-sglang: sglang-ready  ## in real SGLang, on the CPU (DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
 	$(PYTEST) tests/engines_sglang -s $(ARGS)
+
+test-vllm: vllm-ready  ## in real vLLM, its GPU simulated (ARGS="-k vllm_scheduler" is the slim form)
+	$(PYTEST) tests/engines -s $(ARGS)
 
 bench-sglang: sglang-ready  ## the seed's table on a real SGLang: round robin beside minimum tokens
 	@$(BIN)/python -m tests.bench.sglang $(ARGS)
 
+bench-vllm: vllm-ready  ## the pool beside vLLM's own balancer, and what the plugin costs; JSON in out/
+	$(BIN)/python -m tests.bench.vllm_balance $(ARGS)
+	$(BIN)/python -m tests.bench.vllm_throughput
+
 clean:  ## remove the environment and what tools left behind
 	rm -rf .venv out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test lint chaos test-docker soak bench sglang-ready test-engines test-sglang bench-sglang clean
+.PHONY: help demo test lint chaos test-docker soak bench sglang-ready vllm-ready test-engines test-sglang test-vllm
+.PHONY: bench-sglang bench-vllm clean

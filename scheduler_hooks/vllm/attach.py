@@ -89,6 +89,7 @@ def _attach_hook(plugin: PluginSettings, engine: str) -> str:
 
 
 def _begin(scheduler: Any, plugin: PluginSettings, engine: str, takes_capacity: bool) -> Counts:
+    log_as_vllm()
     index = scheduler.vllm_config.parallel_config.data_parallel_index
     capacity = getattr(scheduler.cache_config, "kv_cache_size_tokens", None) if takes_capacity else None
     hook = StepHook.leading(
@@ -118,7 +119,13 @@ def _attach_dispatcher(plugin: PluginSettings, engine: str) -> str:
         return f"API servers do NOT dispatch, this version has no {', '.join(lacks)}"
     send = DPLBAsyncMPClient.add_request_async
     if not hasattr(send, _MARK):
-        wrapped = dispatching(send, lambda: InsideDispatcher(plugin.settings, engine))
+        wrapped = dispatching(send, lambda: _begin_dispatcher(plugin, engine))
         setattr(wrapped, _MARK, send)
         DPLBAsyncMPClient.add_request_async = wrapped
     return "API servers dispatch by the pool"
+
+
+def _begin_dispatcher(plugin: PluginSettings, engine: str) -> InsideDispatcher:
+    log_as_vllm()  # again: vLLM's first process calls `register` before it has set up its own log
+    log.info("this API server's requests are placed by pool %s on the ranks of %s", plugin.settings.pool, engine)
+    return InsideDispatcher(plugin.settings, engine)

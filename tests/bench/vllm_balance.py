@@ -118,7 +118,7 @@ def one_round(server: VllmServer, by_pool: bool, seed: int, seconds: float, rate
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean, and its 95 % interval by Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36}.get(len(values), 2.2)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(values), 2.26)
     mean = statistics.fmean(values)
     half = t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return mean, mean - half, mean + half

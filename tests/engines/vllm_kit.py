@@ -101,7 +101,6 @@ class VllmServer:
             "DP_BALANCER_BUDGET_MS": "2000",  # for a machine where a turn on the CPU may take as long
             "PYTHONPATH": str(Path(__file__).parent),
             "VLLM_AUDIT": str(self.audit),
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # EngineCores need not import vLLM again: minutes, here
         }
         audit = ("--scheduler-cls", "vllm_audit.AuditedScheduler") if self.audited else ()
         numbers = (str(self.port), str(self.ranks), str(self.api_servers))
@@ -118,6 +117,10 @@ class VllmServer:
         subprocess.run(
             [str(KIT / "stop"), str(self.port)], env=free_of_ours() | {"ENGINES_HOME": str(HOME)}, check=True
         )
+
+    def is_well(self) -> bool:
+        """Whether its /health says so."""
+        return answers(self.port)
 
     def engine_pids(self) -> list[int]:
         """Process ids of its EngineCores, by rank."""
