@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from balancer.model import Incarnation, Scope
 from balancer.protocol import ANYWHERE
+from tests.property.rules import DECAY, ENVELOPES, Asked, Seen, wanted
 
 DEFAULTS = {
     "policy": "minimum_tokens",
@@ -24,8 +25,8 @@ DEFAULTS = {
     "weights": "equal",
 }
 
-LEVEL = ("equal", "0")
-"""Weights and slow start of a pool whose ranks all count alike."""
+MOST_TOKENS, MOST_REQUESTS = 10**10 - 1, 10**5
+"""What the index of queues can tell apart."""
 
 
 @dataclass(eq=False)
@@ -59,6 +60,7 @@ class Oracle:
         self.held: dict[str, tuple[int, int]] = {}  # by rank: tokens, requests
         self.bookings: dict[str, Booking] = {}
         self.last_epoch = self.turn = self.expired = 0
+        self.largest = 0.0  # prompt of late, in tokens
 
     # -- questions
 
@@ -90,12 +92,9 @@ class Oracle:
         }
 
     def queues(self) -> dict[str, tuple[int, int]]:
-        """Load and requests of every eligible rank, no higher than the index of queues goes."""
+        """Load and requests of every eligible rank."""
         _, requests = self.in_flight()
-        return {
-            rank: (min(load, 10**10 - 1), min(self.held[rank][1] + requests[rank], 10**5))
-            for rank, load in self.loads().items()
-        }
+        return {rank: (load, self.held[rank][1] + requests[rank]) for rank, load in self.loads().items()}
 
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
@@ -106,20 +105,41 @@ class Oracle:
             return "nobody_joined"
         return "all_silent" if all(life.silent for life in lives) else "all_draining"
 
-    def allowed(self, tokens: int, scope: Scope) -> set[str]:
+    def weight(self, rank: str, now: int) -> float:
+        """What the operator has said of a rank or its engine, less while that has just joined."""
+        told = self.settings["weights"].replace("equal", "")
+        weights = {name: float(weight) for name, _, weight in (pair.partition("=") for pair in told.split(",") if pair)}
+        who, slow_ms, share = self.life_of[rank].who, self.ms("slow_start_ms"), 1.0
+        if slow_ms and now - self.last_epoch < slow_ms:
+            share = min(1.0, max(0.1, (now - who.epoch) / slow_ms))
+        return weights.get(rank, weights.get(who.engine, 1.0)) * share
+
+    def ranks(self, scope: Scope, now: int) -> list[Seen]:
+        """The ranks that may be chosen, the least loaded first and equals by name."""
+        tokens, requests = self.in_flight()
+        loads = sorted((load, rank) for rank, load in self.loads(scope).items())
+        return [
+            Seen(rank, load, self.held[rank][1] + requests[rank], tokens[rank], self.weight(rank, now))
+            for load, rank in loads
+        ]
+
+    def allowed(self, tokens: int, scope: Scope, now: int) -> set[str]:
         """The ranks within `scope` on which the next request may be placed; empty where it fits on none."""
-        loads = self.loads(scope)
-        limits = {rank: self.life_of[rank].who.capacity_tokens or 2**60 for rank in loads}
-        roomy = {rank: load for rank, load in loads.items() if load + tokens <= limits[rank]}
-        in_turn = sorted(loads)[self.turn % len(loads)]
-        policy, is_level = self.settings["policy"], (self.settings["weights"], self.settings["slow_start_ms"]) == LEVEL
-        if policy == "round_robin" and is_level and in_turn in roomy:
-            return {in_turn}
-        if roomy and (not is_level or policy not in ("minimum_tokens", "round_robin")):
-            return set(roomy)  # what else a policy wants is `tests/unit/test_policies.py`'s business
-        if not roomy and self.settings["when_full"] == "least_loaded":
-            roomy = loads
-        return {rank for rank, load in roomy.items() if load == min(roomy.values())}
+        policy, ranks = self.settings["policy"], self.ranks(scope, now)
+        wants = wanted(policy, ranks, Asked(tokens, self.largest, self.settings))
+        if policy == "round_robin" and all(seen.weight == 1 for seen in ranks):
+            wants = {sorted(seen.rank for seen in ranks)[self.turn % len(ranks)]}
+        if policy == "envelope" and any(
+            load > MOST_TOKENS or count > MOST_REQUESTS for load, count in self.queues().values()
+        ):
+            wants = {seen.rank for seen in ranks}  # the index of queues ends there
+        limits = {seen.rank: self.life_of[seen.rank].who.capacity_tokens or 2**60 for seen in ranks}
+        roomy = [seen.rank for seen in ranks if seen.load + tokens <= limits[seen.rank]]
+        if roomy:
+            return {rank if rank in roomy else roomy[0] for rank in wants}
+        if self.settings["when_full"] == "least_loaded":
+            return {seen.rank for seen in ranks if seen.load == ranks[0].load}
+        return set()
 
     # -- changes
 
@@ -132,6 +152,7 @@ class Oracle:
     def lose_settings(self) -> None:
         self.settings = {}
         self.last_epoch = self.turn = self.expired = 0
+        self.largest = 0.0
 
     def overlapping(self, who: Incarnation) -> list[Life]:
         """The lives that have a rank in common with `who`, or its name."""
@@ -156,6 +177,12 @@ class Oracle:
         del self.lives[life.who.name]
         for rank in life.who.ranks:
             del self.life_of[rank], self.held[rank]
+
+    def ask(self, tokens: int) -> None:
+        """A new request wants a rank: it takes its turn, and the largest prompt of late is known to be so large."""
+        self.turn += self.settings["policy"] == "round_robin"
+        if self.settings["policy"] in ENVELOPES:
+            self.largest = max(tokens, self.largest * DECAY)
 
     def book(self, id_: str, rank: str, tokens: int, now: int) -> None:
         self.bookings[id_] = Booking(rank, tokens, self.life_of[rank], now + self.ms("booking_lease_ms"))

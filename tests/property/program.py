@@ -21,7 +21,7 @@ from balancer.model import Incarnation, Outcome, Placement, RankCounts, Report, 
 from balancer.policies import policies
 from balancer.protocol import Operation
 from tests.clock import BEGINNING_MS, CLOCK_KEY, script_with_test_clock
-from tests.property.oracle import Oracle
+from tests.property.oracle import MOST_REQUESTS, MOST_TOKENS, Oracle
 from tests.property.wire import Wire
 
 T = TypeVar("T")
@@ -107,17 +107,19 @@ class Program:
         assert {name: pool.get(name) for name in self.oracle.settings} == self.oracle.settings
         assert int(pool.get("expired", 0)) == self.oracle.expired
         assert int(pool.get("turn", 0)) == self.oracle.turn
+        assert float(pool.get("largest", 0)) == self.oracle.largest
         for name, ttl in zip(KEY_NAMES, ttls, strict=True):
             assert ttl > 0 or ttl == -2 or (name == "pool" and ttl == -1), f"{name} never ends"
 
     def _check_queues(self, pool: dict[str, str], queues: dict[str, int]) -> None:
         """The index that is there only where the policy wants it, and its sums."""
-        counts = self.oracle.queues() if "queue_sums" in pool else {}
+        told = self.oracle.queues() if "queue_sums" in pool else {}
+        counts = {rank: (min(load, MOST_TOKENS), min(count, MOST_REQUESTS)) for rank, (load, count) in told.items()}
         assert queues == {rank: count * 10**10 - load for rank, (load, count) in counts.items()}
         if counts:
             sums = (sum(load for load, _ in counts.values()), sum(count for _, count in counts.values()), len(counts))
-            *told, fewest = map(int, pool["queue_sums"].split(" "))
-            assert tuple(told) == sums
+            *known, fewest = map(int, pool["queue_sums"].split(" "))
+            assert tuple(known) == sums
             assert fewest <= min(count for _, count in counts.values())
 
     def set_clock(self, now_ms: int) -> None:
@@ -172,8 +174,8 @@ class Program:
             assert outcome == oracle.why_none(scope)
             seen[id_] = outcome
         else:
-            oracle.turn += oracle.settings["policy"] == "round_robin"
-            allowed = oracle.allowed(request.tokens, scope)
+            oracle.ask(request.tokens)
+            allowed = oracle.allowed(request.tokens, scope, self.now)
             if not allowed:
                 assert outcome == NoRankReason.ALL_FULL
                 seen[id_] = outcome
@@ -410,6 +412,7 @@ ROUGH = Weather(  # everything happens, and most of it at a limit
         {"weights": "equal"},
         {"slow_start_ms": 3_000},
         {"slow_start_ms": 0},
+        {"envelope.k": 1, "pending_envelope.k": 0},
     ),
     loads_wanted_one_in=2,
     restricted_one_in=3,
