@@ -294,7 +294,7 @@ class PoolSettings:
     """
 
     policy: str
-    """Rule by which a rank is chosen: a file of `lua/policies`. Default minimum_tokens."""
+    """Rule by which a rank is chosen: a file of `lua/policies`. Default envelope."""
     engine_lease_ms: int
     """How long an engine is believed without a report. Default 5,000."""
     booking_lease_ms: int

@@ -66,7 +66,7 @@ end)
 read_weights(now)
 look_within(want_loads)
 local reason = #batch > 0 and sees_none() and why_none() or nil
-local choose = not reason and #batch > 0 and (POLICIES[policy] or minimum_tokens)(batch)
+local choose = not reason and #batch > 0 and (POLICIES[policy] or envelope)(batch)
 local placed = {}
 for _, request in ipairs(batch) do
   local place = choose and choose(request)

@@ -42,7 +42,7 @@ def _change(admin: PoolAdmin, words: Sequence[str]) -> None:
     if len(named) > 1:
         raise InvalidInput(f"one policy at a time, not {' and '.join(named)}")
     before = _known(admin)
-    name = named[0] if named else before.policy if before else "minimum_tokens"
+    name = named[0] if named else before.policy if before else "envelope"
     policy = policies().get(name)
     if policy is None:
         raise InvalidInput(f"no policy {name!r}: there are {', '.join(policies())}")

@@ -15,7 +15,7 @@ from balancer.protocol import ANYWHERE
 from tests.property.rules import DECAY, ENVELOPES, Asked, Seen, wanted
 
 DEFAULTS = {
-    "policy": "minimum_tokens",
+    "policy": "envelope",
     "engine_lease_ms": "5000",
     "booking_lease_ms": "60000",
     "forget_ms": "3600000",
@@ -127,7 +127,8 @@ class Oracle:
         """The ranks within `scope` on which the next request may be placed; empty where it fits on none."""
         policy, ranks = self.settings["policy"], self.ranks(scope, now)
         wants = wanted(policy, ranks, Asked(tokens, self.largest, self.settings))
-        if policy == "round_robin" and all(seen.weight == 1 for seen in ranks):
+        is_level = self.settings["weights"] == "equal" and all(self.weight(rank, now) == 1 for rank in self.life_of)
+        if policy == "round_robin" and is_level:
             wants = {sorted(seen.rank for seen in ranks)[self.turn % len(ranks)]}
         if policy == "envelope" and any(
             load > MOST_TOKENS or count > MOST_REQUESTS for load, count in self.queues().values()

@@ -252,9 +252,9 @@ def test_configure_shows_and_changes_what_the_pool_agrees_on(
 ) -> None:
     url = str(in_pool.url)
     assert main(["configure", "p"]) == 0
-    assert re.search(r"^policy +minimum_tokens +rule by which", capsys.readouterr().out, re.M)
+    assert re.search(r"^policy +envelope +rule by which", capsys.readouterr().out, re.M)
     assert main(["configure", "p", "policy=round_robin", "--url", url, "engine_lease_ms=3000"]) == 0
-    assert capsys.readouterr().out == "policy=round_robin (was minimum_tokens)\nengine_lease_ms=3000 (was 5000)\n"
+    assert capsys.readouterr().out == "policy=round_robin (was envelope)\nengine_lease_ms=3000 (was 5000)\n"
     assert main(["configure", "policy=minimum_tokens", "--pool", "p"]) == 0
     assert main(["configure", "--pool", "p"]) == 0
     assert re.search(r"^policy +minimum_tokens.*^engine_lease_ms +3000", capsys.readouterr().out, re.M | re.S)

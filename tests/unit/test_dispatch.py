@@ -37,7 +37,8 @@ def test_a_request_goes_to_the_least_loaded_rank(join: Join, dispatcher: Dispatc
     assert (placement.engine, placement.index, placement.stale) == ("e", 1, False)
 
 
-def test_what_is_in_flight_counts_as_much_as_what_is_held(join: Join, dispatcher: Dispatcher) -> None:
+def test_what_is_in_flight_counts_as_much_as_what_is_held(join: Join, dispatcher: Dispatcher, admin: PoolAdmin) -> None:
+    admin.configure(policy="minimum_tokens")
     join("e", 2).report(1, [RankCounts(0, 0), RankCounts(10, 1)])
     assert dispatcher.dispatch("a", 11).rank == "e/0"
     assert dispatcher.dispatch("b", 2).rank == "e/1"
@@ -80,7 +81,10 @@ def test_dispatchers_that_take_turns_fill_the_ranks_evenly(join: Join, settings:
     assert set(chosen.values()) == {10}
 
 
-def test_a_list_is_placed_as_its_requests_would_be_one_after_the_other(join: Join, dispatcher: Dispatcher) -> None:
+def test_a_list_is_placed_as_its_requests_would_be_one_after_the_other(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin
+) -> None:
+    admin.configure(policy="minimum_tokens")
     join("e", 3).report(1, [RankCounts(0, 0), RankCounts(5, 1), RankCounts(100, 1)])
     answers = dispatcher.dispatch_many([Request("a", 10), Request("b", 10), Request("c", 10), Request("d", 1)])
     assert ranks_of(answers) == ["e/0", "e/1", "e/0", "e/1"]

@@ -377,10 +377,10 @@ def test_the_command_shows_the_choices_and_changes_the_choice(
     join("e", 2)
     assert main(["policy", "p"]) == 0
     shown = capsys.readouterr().out
-    assert "*  minimum_tokens" in shown
+    assert "*  envelope" in shown
     assert all(name in shown for name in policies())
     assert main(["policy", "p", "envelope", "k=0.5"]) == 0
-    assert capsys.readouterr().out == "policy envelope k=0.5 (was minimum_tokens)\n"
+    assert capsys.readouterr().out == "policy envelope k=0.5 (was envelope k=0.25)\n"
     assert (admin.snapshot().settings.policy, admin.snapshot().settings.parameters) == ("envelope", {"envelope.k": 0.5})
     assert main(["policy", "--pool", "p", "k=0.25"]) == 0, "the policy that is chosen"
     assert capsys.readouterr().out == "policy envelope k=0.25 (was envelope k=0.5)\n"

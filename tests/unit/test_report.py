@@ -125,7 +125,7 @@ def test_a_pool_whose_settings_somebody_deleted_begins_anew_with_the_next_report
         dispatcher.dispatch("b", 1)
     assert engine.report(1, [RankCounts(10, 1)], [in_flight_id("a")]) is Reported.APPLIED
     assert dispatcher.dispatch("b", 1).load_tokens == 10
-    assert admin.snapshot().settings.policy == "minimum_tokens"
+    assert admin.snapshot().settings.policy == "envelope"
 
 
 def test_what_was_in_flight_to_a_forgotten_engine_does_not_count_when_it_comes_back(

@@ -374,7 +374,7 @@ async def test_the_metrics_tell_what_happened(scene: Scene) -> None:
     text = (await scene.ask("/metrics")).body.decode()
     placed = [line for line in text.splitlines() if line.startswith("balancer_decisions_total{")]
     assert sum(float(line.split()[-1]) for line in placed) == 6
-    assert 'policy="minimum_tokens",pool="p",rank=' in placed[0]
+    assert 'policy="envelope",pool="p",rank=' in placed[0]
     assert 'balancer_http_requests_total{code="4xx",endpoint="/v1/completions",pool="p"} 1.0' in text
     assert 'balancer_dispatch_seconds_count{pool="p"} 6.0' in text
     assert 'balancer_prompt_tokens_ratio_count{pool="p",source="estimate"} 3.0' in text
