@@ -56,6 +56,7 @@ class Ranks:
         self._base_s, self._per_token_s = base_s, per_token_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._servers: list[asyncio.Server] = []
 
     @property
     def urls(self) -> list[str]:
@@ -67,6 +68,8 @@ class Ranks:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for server in self._servers:
+            self._loop.call_soon_threadsafe(server.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
 
@@ -78,7 +81,8 @@ class Ranks:
 
     async def _listen(self) -> None:
         for index, port in enumerate(self.ports):
-            await asyncio.start_server(lambda r, w, index=index: self._serve(index, r, w), "127.0.0.1", port)
+            server = await asyncio.start_server(lambda r, w, index=index: self._serve(index, r, w), "127.0.0.1", port)
+            self._servers.append(server)
 
     async def _serve(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
