@@ -34,6 +34,9 @@ _AT_ONCE = 4
 _MOST_WAITING = 100_000
 """Releases kept while Redis is away; what is beyond is left to its lease."""
 _RELEASE_AGAIN_S = 0.5
+_GATHER_S = 0.005
+"""Releases of so long go in one EVAL: a load is above the truth for that time, never below."""
+_NOT_URGENT_S = 0.25
 _RENEW_S = 1.0
 _SETTINGS_S = 10.0
 
@@ -72,6 +75,8 @@ class Bookings:
         self._under_way = 0
         self._flush_is_due = False
         self._ended: dict[str, None] = {}
+        self._ended_before: dict[str, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._releases = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -132,12 +137,25 @@ class Bookings:
 
     # -- ending
 
-    def end(self, request_id: str) -> None:
-        """Release a booking soon; harmless where it has ended already."""
+    def end(self, request_id: str, is_urgent: bool = True) -> None:
+        """Release a booking soon; harmless where it has ended already. Not urgent: where an acknowledgement has most
+        likely ended it."""
         self.open.pop(request_id, None)
-        if len(self._ended) < _MOST_WAITING:
+        if len(self._ended) + len(self._ended_before) >= _MOST_WAITING:
+            return
+        if is_urgent:
             self._ended[request_id] = None
             self._releases.set()
+        else:
+            self._ended_before[request_id] = None
+            if self._timer is None:
+                self._timer = self._loop.call_later(_NOT_URGENT_S, self._release_those_before)
+
+    def _release_those_before(self) -> None:
+        self._timer = None
+        self._ended |= self._ended_before
+        self._ended_before = {}
+        self._releases.set()
 
     async def end_now(self, request_id: str) -> None:
         """Release a booking before going on: the same request is about to be placed again."""
@@ -149,6 +167,7 @@ class Bookings:
         while True:
             await self._releases.wait()
             self._releases.clear()
+            await asyncio.sleep(_GATHER_S)
             while self._ended:
                 if not await self._release(list(self._ended)[:MAX_IDS_PER_RELEASE]):
                     await asyncio.sleep(_RELEASE_AGAIN_S)
@@ -213,6 +232,9 @@ class Bookings:
 
     async def stop(self, within_s: float = 2.0) -> None:
         """Release what has ended, and close the connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._release_those_before()
         deadline = time.monotonic() + within_s
         while (self._ended or self._under_way) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)

@@ -85,7 +85,7 @@ class Exchange:
             raise
         finally:
             if self._booked:
-                self._replica.bookings.end(self._booking_id)
+                self._replica.bookings.end(self._booking_id, is_urgent=not self._is_acknowledged)
             metrics.in_flight.dec()
             metrics.answered(entry.path if self._placed else "other", entry.status)
             metrics.duration.observe(time.monotonic() - entry.began)
@@ -295,6 +295,7 @@ class Exchange:
             log.info("request=%s engine=%s broke off: %s", self._request_id, attempt.target.engine.url, error)
             client.break_off()
         else:
+            self._is_acknowledged = attempt.target.engine.hooked and answer.status < 400
             self._learn()
         finally:
             client.on_pause = client.on_resume = None
