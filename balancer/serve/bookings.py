@@ -24,6 +24,7 @@ from balancer.dispatcher import AsyncDispatcher
 from balancer.errors import BalancerError, NoRank
 from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
 from balancer.protocol import MAX_IDS_PER_RELEASE
+from balancer.serve.ending import end
 from balancer.settings import Settings
 from balancer.store import AsyncStore
 
@@ -238,9 +239,7 @@ class Bookings:
         deadline = time.monotonic() + within_s
         while (self._ended or self._under_way) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(tuple(self._tasks))
         await self.dispatcher.aclose()
         await self._store.aclose()
 

@@ -142,13 +142,12 @@ class Exchange:
                 await self._unbook()
                 continue
             return await self._pass_on(attempt, connection, answer)
-        timed_out = isinstance(why.__cause__, TimeoutError)
         message = (
             f"no engine answered in {self.entry.tries} tries: {why}"
             if self.entry.tries > 1
             else f"the engine failed: {why}"
         )
-        return self._refuse(504 if timed_out else 502, message, "engine_failed")
+        return self._refuse(504 if why.is_late else 502, message, "engine_failed")
 
     # -- before it is sent
 
@@ -225,14 +224,10 @@ class Exchange:
         while True:
             connection, is_reused = await attempt.target.pool.acquire()
             try:
-                head = connection.send(data, request.method == "HEAD")
-                answer = await asyncio.wait_for(head, self._replica.options.first_byte_s)
-            except TimeoutError as error:
+                answer = await connection.send(data, request.method == "HEAD", self._replica.options.first_byte_s)
+            except UpstreamError as error:
                 connection.give_back()
-                raise UpstreamError("no answer in time", True) from error
-            except UpstreamError:
-                connection.give_back()
-                if not is_reused:
+                if not is_reused or error.is_late:
                     raise
             except BaseException:
                 connection.give_back()

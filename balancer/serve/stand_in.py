@@ -21,6 +21,7 @@ from hashlib import blake2b
 from balancer import protocol
 from balancer.errors import BalancerError, Fenced, UnknownPool, WrongSize
 from balancer.model import EngineState, Incarnation, RankCounts, Report
+from balancer.serve.ending import end
 from balancer.serve.options import Engine
 from balancer.serve.upstream import Pool, UpstreamError
 from balancer.serve.wire import request_head
@@ -73,9 +74,7 @@ class StandIn:
     async def stop(self) -> None:
         """Stop; the engine's lease ends by itself, unless other replicas look after it."""
         if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end([self._task])
         await self._store.aclose()
 
     async def _look_after(self) -> None:

@@ -26,11 +26,12 @@ _FORBIDDEN_BODY = frozenset((204, 304))
 
 
 class UpstreamError(Exception):
-    """The engine did not answer. `connected`: whether it had taken the connection."""
+    """The engine did not answer. `connected`: whether it had taken the connection; `is_late`: or not in time."""
 
-    def __init__(self, message: str, connected: bool) -> None:
+    def __init__(self, message: str, connected: bool, is_late: bool = False) -> None:
         super().__init__(message)
         self.connected = connected
+        self.is_late = is_late
 
 
 class Answer:
@@ -96,14 +97,24 @@ class Connection(asyncio.Protocol):
         """Connected."""
         self.transport = transport  # type: ignore[assignment]
 
-    def send(self, data: bytes, no_body: bool) -> asyncio.Future[Answer]:
-        """Send a request; the future is its answer's head. `no_body`: the method is HEAD."""
+    def send(self, data: bytes, no_body: bool, within_s: float | None = None) -> asyncio.Future[Answer]:
+        """Send a request; the future is its answer's head, or `UpstreamError` where it does not come in time.
+
+        `no_body`: the method is HEAD.
+        """
         self._reset()
         self.is_used = True
         self._no_body = no_body
-        self._head = self._loop.create_future()
+        self._head = head = self._loop.create_future()
+        if within_s is not None:
+            timer = self._loop.call_later(within_s, self._too_late, within_s)
+            head.add_done_callback(lambda _: timer.cancel())
         self.transport.write(data)
-        return self._head
+        return head
+
+    def _too_late(self, within_s: float) -> None:
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(UpstreamError(f"no answer within {within_s:g} s", True, is_late=True))
 
     @property
     def has_more(self) -> bool:
@@ -300,7 +311,7 @@ class Pool:
                     server_hostname=self.engine.host if self._tls else None,
                 )
         except TimeoutError:
-            raise UpstreamError(f"no connection within {self._connect_s} s", False) from None
+            raise UpstreamError(f"no connection within {self._connect_s} s", False, is_late=True) from None
         except OSError as error:
             raise UpstreamError(f"no connection: {error.strerror or error}", False) from None
         return made, False
