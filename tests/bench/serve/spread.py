@@ -21,11 +21,13 @@ _HEALTHY = json.dumps(
     {"status": "ok", "model_path": "tiny", "served_model_name": "tiny", "dp_size": 1, "is_generation": True,
      "object": "list", "data": [{"id": "tiny", "object": "model", "created": 1, "owned_by": "stub"}]}
 ).encode()  # fmt: skip
-_ANSWER = json.dumps(
-    {"id": "c-1", "object": "chat.completion", "created": 1, "model": "tiny",
-     "choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}],
-     "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-).encode()  # fmt: skip
+
+
+def _answer(tokens: int) -> bytes:
+    usage = {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}
+    answer = {"id": "c-1", "object": "chat.completion", "created": 1, "model": "tiny"}
+    return json.dumps(answer | {"choices": [choice], "usage": usage}).encode()
 
 
 def body_of(tokens: int, salt: int) -> bytes:
@@ -92,8 +94,8 @@ class Ranks:
                 body = await reader.readexactly(int(length or 0))
                 answer = _HEALTHY
                 if head.startswith(b"post"):
-                    answer = _ANSWER
                     tokens = len(json.loads(body)["messages"][0]["content"]) // 4
+                    answer = _answer(tokens)
                     self.held[index] += tokens
                     try:
                         await asyncio.sleep(self._base_s + tokens * self._per_token_s)

@@ -1,6 +1,7 @@
 """Real SGLang and real vLLM, without a hook, behind two replicas: the rank that was booked is the rank that works.
 
-The engines come from the kits in ../shared/engines (`vllm/install` and so on); ENGINES_HOME says where they live.
+The engines come from the kits in ../shared/engines (`vllm/install` and so on); ENGINES_HOME says where they live. What
+runs already, with two ranks, is used as it is: VLLM_URL, SGLANG_URL.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ RANKS = 2
 def engine(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """Kind and address of an engine with two ranks."""
     kind: str = request.param
+    if url := os.environ.get(f"{kind.upper()}_URL"):
+        yield kind, url
+        return
     venv = Path(os.environ.get(f"{kind.upper()}_VENV", HOME / kind))
     if not (venv / ".engines-kit").exists():
         reason = f"{kind} is not installed in {venv}: run ../shared/engines/{kind}/install"
