@@ -70,7 +70,7 @@ class Exchange:
         self._placed = is_placed(request.method, request.path)
         self._opened: Open | None = None
         self._booked = False
-        self._last_whole = False
+        self._is_acknowledged = False
         self._last: deque[bytes] = deque(maxlen=LAST_PIECES)
 
     async def run(self) -> None:
