@@ -20,6 +20,7 @@ import redis
 from balancer import (
     AsyncDispatcher,
     Dispatcher,
+    InvalidInput,
     NewerSchema,
     NoRank,
     NoRankReason,
@@ -427,3 +428,41 @@ def test_an_empty_pool_teaches_nothing() -> None:
     known.learn({"e/0": 5})
     known.learn({})
     assert known.choose(1) == ("e/0", 5)
+
+
+# -- a dispatch that names the ranks
+
+
+def test_a_dispatch_that_names_ranks_gets_one_of_them_with_redis_and_without(
+    make: Make, settings: Settings, redis_server: EmbeddedRedis
+) -> None:
+    report(settings, 0, 0, 0, 0)
+    dispatcher = make(probe_ms=NEVER_MS)
+    named = ["e/1", "e/3"]
+    assert {dispatcher.dispatch(f"r{number}", 1, named).rank for number in range(6)} == set(named)
+    with frozen(redis_server):
+        assert {dispatcher.dispatch(f"s{number}", 1, named).rank for number in range(6)} == set(named)
+    assert dispatcher.is_falling_back
+
+
+def test_named_ranks_that_are_not_there_are_answered_with_the_reason(make: Make, join: Callable[..., Reporter]) -> None:
+    join("e", 1)
+    with pytest.raises(NoRank) as caught:
+        make(budget_ms=2_000).dispatch("r", 1, ["stranger/0"])
+    assert caught.value.reason is NoRankReason.NOBODY_JOINED
+
+
+@pytest.mark.parametrize("named", ["e/0", ["e 0"], ["e"], [f"e/{index}" for index in range(1_025)]])
+def test_ranks_that_are_none_are_refused(make: Make, named: Any) -> None:
+    with pytest.raises(InvalidInput):
+        make().dispatch("r", 1, named)
+
+
+def test_a_dispatcher_told_to_try_once_tries_once(make: Make, settings: Settings, redis_server: EmbeddedRedis) -> None:
+    report(settings, 0)
+    dispatcher = make(tries=1, budget_ms=400, probe_ms=NEVER_MS)
+    dispatcher.dispatch("a", 1)
+    with frozen(redis_server):
+        began = time.monotonic()
+        assert dispatcher.dispatch("b", 1).outcome is Outcome.FALLBACK
+        assert 0.35 <= time.monotonic() - began < 0.75  # a silent server costs the whole budget, and no second one
