@@ -12,12 +12,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 import redis
 
-from balancer import Dispatcher, Placement, PoolSnapshot, Request, Settings
+from balancer import Dispatcher, Placement, PoolSnapshot, Request, Settings, UnknownPool
 from balancer.embedded import EmbeddedRedis
 from tests.engines_sglang.link import Link
 from tests.engines_sglang.load import Load
@@ -201,20 +201,27 @@ def test_a_prompt_that_is_too_long_is_refused_and_leaves_nothing(
 def test_redis_black_holed_cut_and_emptied_under_load_fails_no_request(
     server: SGLangServer, link: Link, outside: Dispatcher, plain: redis.Redis, eventually: Eventually
 ) -> None:
-    def is_exact() -> bool:
-        snapshot = outside.snapshot()
-        return len(snapshot.ranks) == 2 and all(rank.age_ms < 3_000 for rank in snapshot.ranks)
+    def steps() -> dict[str, int]:
+        with suppress(UnknownPool):
+            return {engine.name: engine.step for engine in outside.snapshot().engines}
+        return {}
+
+    def all_have_stepped_since(before: dict[str, int]) -> bool:
+        now = steps()
+        return len(now) >= len(before) and all(step > before.get(name, -1) for name, step in now.items())
 
     with Load(server, streams=4) as load:
         for fault in (link.black_hole, link.cut):
             load.after(6)
             fault()
             load.after(10)
+            before = steps()
             link.mend()
-            took_s = eventually(is_exact, "the engine reports again")
+            took_s = eventually(lambda known=before: all_have_stepped_since(known), "the engine reports again")
             print(f"\n    {fault.__name__}: reported again after {took_s * 1e3:,.0f} ms")
+        before = steps()
         plain.flushall()
-        took_s = eventually(is_exact, "an emptied Redis is filled again")
+        took_s = eventually(lambda known=before: all_have_stepped_since(known), "an emptied Redis is filled again")
         print(f"\n    emptied: whole again after {took_s * 1e3:,.0f} ms")
         load.after(6)
     assert not load.failed
