@@ -25,6 +25,7 @@ ONE_DOOR = {
     "tenacity": {"balancer.store"},
     "torch": {"scheduler_hooks.gather", "scheduler_hooks.mock_engine.process_group"},
     "sglang": {f"scheduler_hooks.sglang.{room}" for room in ("counting", "register", "shim", "targets")},
+    "vllm": {"scheduler_hooks.vllm.attach"},
 }
 
 
