@@ -8,7 +8,8 @@
     forms      one report for all ranks, or each alone       row        what a rank brings to the collective
     intake     what the engine says, made safe; the carry    publisher  the thread that reports to Redis
     once       trouble is logged once and counted            mailbox    between the step thread and that thread
-    plugin     what engine plugins share                     sglang     the plugin of SGLang
+    sglang     the plugin for SGLang                         vllm       the plugin for vLLM
+    plugin     what the two share
 
 Importing this package does not import torch; `StepHook.gathering` does.
 """

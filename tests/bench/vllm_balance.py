@@ -28,6 +28,9 @@ ENGINE_RANKS = 4
 LOOK_EVERY_S = 0.1
 SHORT, LONG, LONG_SHARE = (20, 250), (1_500, 4_000), 0.125
 OUTPUT = (16, 160)
+COSTS = {"SIM_CTX_NS": "2000"}
+"""A held token costs a step 2 us, about a hundred times as much as on a GPU, which holds a hundred times as many: then
+reading the KV cache has the part in a step that it has there (10 ms at 5,000 tokens, beside 8 ms for the weights)."""
 
 
 @dataclass(slots=True)
@@ -133,9 +136,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=6, help="requests per second")
     parser.add_argument("--out", type=Path, default=Path("out/vllm_balance.json"))
     options = parser.parse_args()
-    port = PORT + 10 * (options.model == "moe")
-    with redis_on(PORT + 400) as url:
-        server = VllmServer(options.model, url, port, model=f"tiny-{options.model}", flags=("--enable-scale-out",))
+    with redis_on(PORT + 403) as url:
+        name, model = f"balance-{options.model}", f"tiny-{options.model}"
+        server = VllmServer(name, url, PORT + 60, model=model, audited=False, environment=COSTS)
         server.start()
         try:
             one_round(server, True, 0, 3, options.rate)  # connections made, code warm
