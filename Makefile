@@ -19,7 +19,7 @@ demo: $(READY)  ## the main job: 16 ranks, 3 dispatchers, round robin beside min
 	@$(BIN)/balancer demo $(ARGS)
 
 test: $(READY) lint  ## every test that needs no docker and no engine (under 15 minutes)
-	$(PYTEST) tests/unit tests/property tests/e2e $(ARGS)
+	$(PYTEST) tests/unit tests/property tests/e2e tests/serve/quick $(ARGS)
 
 lint: $(READY)  ## ruff and the strict type checker
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ RIG := ../shared/docker-rig/up
 test-docker: $(READY)  ## tests in containers: networks cut, servers killed, failovers (under 10 minutes)
 	@test ! -x $(RIG) || $(RIG) --all
 	$(PYTEST) tests/integration -s $(ARGS)
+
+test-serve: $(READY)  ## balancer serve: others' load generators, a replica killed, 10,000 idle connections
+	$(PYTEST) tests/serve/slow -s $(ARGS)
 
 soak: $(READY)  ## a million random operations against the oracle (ARGS="--operations N --seed N")
 	$(BIN)/python -m tests.property.soak $(ARGS)
@@ -54,13 +57,17 @@ vllm-ready: $(READY)
 	@$(KIT)/vllm/install
 	@$(ENGINES_HOME)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable .
 
-test-engines: test-sglang test-vllm  ## the plugins in real engines
+test-engines: test-sglang test-vllm  ## the plugins and balancer serve with real engines
+	$(PYTEST) tests/serve/engines -s $(ARGS)
 
 test-sglang: sglang-ready  ## in real SGLang, on the CPU (DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
 	$(PYTEST) tests/engines_sglang -s $(ARGS)
 
 test-vllm: vllm-ready  ## in real vLLM, its GPU simulated (ARGS="-k vllm_scheduler" is the slim form)
 	$(PYTEST) tests/engines -s $(ARGS)
+
+bench-serve: $(READY)  ## balancer serve beside sglang-router and smg on the same stub engines; JSON in out/
+	$(BIN)/python -m tests.bench.serve.peers $(ARGS)
 
 bench-sglang: sglang-ready  ## the seed's table on a real SGLang: round robin beside minimum tokens
 	@$(BIN)/python -m tests.bench.sglang $(ARGS)
@@ -72,5 +79,5 @@ bench-vllm: vllm-ready  ## the pool beside vLLM's own balancer, and what the plu
 clean:  ## remove the environment and what tools left behind
 	rm -rf .venv out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test lint chaos test-docker soak bench sglang-ready vllm-ready test-engines test-sglang test-vllm
-.PHONY: bench-sglang bench-vllm clean
+.PHONY: help demo test lint chaos test-docker test-serve soak bench sglang-ready vllm-ready test-engines test-sglang test-vllm
+.PHONY: bench-serve bench-sglang bench-vllm clean
