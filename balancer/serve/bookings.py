@@ -78,6 +78,7 @@ class Bookings:
         self._ended: dict[str, None] = {}
         self._ended_before: dict[str, None] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._is_releasing = False
         self._releases = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -174,15 +175,19 @@ class Bookings:
                     await asyncio.sleep(_RELEASE_AGAIN_S)
 
     async def _release(self, ids: Sequence[str]) -> bool:
+        for request_id in ids:  # before the wait: an id that is placed and ends again meanwhile is released again
+            del self._ended[request_id]
+        self._is_releasing = True
         try:
             await self.dispatcher.release(*ids)
         except BalancerError as error:
             log.warning("pool=%s bookings not released: %s", self._pool, error)
         else:
             if self.dispatcher.is_falling_back:
+                self._ended = dict.fromkeys(ids) | self._ended
                 return False
-        for request_id in ids:
-            self._ended.pop(request_id, None)
+        finally:
+            self._is_releasing = False
         return True
 
     # -- lasting
@@ -237,7 +242,7 @@ class Bookings:
             self._timer.cancel()
             self._release_those_before()
         deadline = time.monotonic() + within_s
-        while (self._ended or self._under_way) and time.monotonic() < deadline:
+        while (self._ended or self._is_releasing or self._under_way) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await end(tuple(self._tasks))
         await self.dispatcher.aclose()

@@ -13,8 +13,9 @@ import pytest
 
 from balancer import PoolAdmin, Reporter, Settings
 from balancer.embedded import EmbeddedRedis
+from balancer.serve.bookings import Bookings
 from tests.serve.engine import Engine, Exchange
-from tests.serve.replica import Replica
+from tests.serve.replica import Replica, post
 
 Engines = Callable[..., Engine]
 Serve = Callable[..., Replica]
@@ -185,3 +186,40 @@ def test_a_replica_told_to_stop_finishes_its_streams_and_takes_no_more(
     assert replica.process.wait(15) == 0
     connection.close()
     nothing_booked()
+
+
+def test_an_id_that_ends_and_comes_again_at_once_stays_nowhere(
+    engines: Engines, serve: Serve, nothing_booked: Wait
+) -> None:
+    """Clients that retry with an id of their own and leave again: the second end must not get lost behind the first."""
+    replica = serve(f"{engines(pace_s=0.001).url},kind=sglang")
+    body = b'{"messages": [], "stream": true, "rid": "the-same", "max_tokens": 50}'
+    for number in range(600):
+        with replica.raw(post(body)) as raw:
+            if number % 3:
+                raw.until(b"HTTP/1.1")
+    nothing_booked()
+
+
+async def test_an_end_that_comes_while_the_same_id_is_being_released_is_released_too(settings: Settings) -> None:
+    bookings = Bookings(settings)
+    released: list[tuple[str, ...]] = []
+    goes_on = asyncio.Event()
+
+    async def slow_release(*ids: str) -> int:
+        released.append(ids)
+        await goes_on.wait()
+        return len(ids)
+
+    bookings.dispatcher.release = slow_release  # type: ignore[method-assign]
+    bookings.start()
+    bookings.end("the-same")
+    async with asyncio.timeout(20):
+        while not released:
+            await asyncio.sleep(0.005)
+        bookings.end("the-same")  # placed again meanwhile, and its client has gone again
+        goes_on.set()
+        while len(released) < 2:
+            await asyncio.sleep(0.005)
+    await bookings.stop()
+    assert released == [("the-same",), ("the-same",)]
