@@ -25,7 +25,7 @@ if reply then return reply end
 
 --@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
 --@include keep_alive, end_leases, recall_silent, expire, weights, scope, view, why_none, room, book, parameter
---@include keep_queues, note_ordinary, least, largest, policies/*, policies
+--@include keep_queues, note_ordinary, remember, least, largest, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
 local dispatcher, want_loads = unpack(ARGV, 1, 2)
 
@@ -86,6 +86,7 @@ for _, i in ipairs(again) do  -- an id twice in one list
   outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
 end
 book(placed, timed, dispatcher, lives)
+write_remembered()
 note_ordinary(now)
 
 outcomes[#outcomes + 1] = string.sub(want_loads, 1, 1) == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil

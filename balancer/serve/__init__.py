@@ -6,7 +6,8 @@
 
 What decides does no I/O: `options`, `endpoints`, `tokens`, `wire`, `retries`. What talks is thin: `front` to clients,
 `upstream` to engines, `bookings` to Redis. `exchange` is one request's way through them, `stand_in` speaks for engines
-that have no hook, `replica` puts it all together, `workers` runs it in several processes. The core never imports this.
+that have no hook, `desk` is what all requests share, `replica` opens the doors, `workers` runs it in several processes.
+The core never imports this.
 """
 
 from balancer.serve.options import Engine, EngineKind, Options, parse_engine

@@ -12,7 +12,7 @@ Content-Length). A booking ends as always: the engine's hook acknowledges it, th
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -21,30 +21,28 @@ from balancer.marker import marked
 from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
+from balancer.serve.desk import Desk
 from balancer.serve.endpoints import Malformed, is_placed, read_body
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
-
-if TYPE_CHECKING:
-    from balancer.serve.replica import Replica
 
 PREFIX = b"/balancer/v1/"
 _AUTHORIZE = PREFIX + b"authorize"
 Answered = tuple[int, wire.Headers, bytes]
 
 
-async def decide(replica: Replica, request: Inbound) -> Answered:
+async def decide(desk: Desk, request: Inbound) -> Answered:
     """Answer a request to one of the paths above."""
     try:
         if request.path == PREFIX + b"dispatch":
-            return await _dispatch(replica, request) if request.method == "POST" else _wrong_method()
+            return await _dispatch(desk, request) if request.method == "POST" else _wrong_method()
         if request.path == PREFIX + b"release":
-            return await _release(replica, request) if request.method == "POST" else _wrong_method()
+            return await _release(desk, request) if request.method == "POST" else _wrong_method()
         if request.path == _AUTHORIZE or request.path.startswith(_AUTHORIZE + b"/"):
-            return await _authorize(replica, request)
+            return await _authorize(desk, request)
     except NoRank as error:
         status = status_of(error)
-        replica.metrics.decided("", error.reason.value)
+        desk.metrics.decided("", error.reason.value)
         return (status, *complaint(status, str(error), error.reason.value))
     except (InvalidInput, Malformed) as error:
         return (400, *complaint(400, str(error), "invalid_body"))
@@ -53,7 +51,7 @@ async def decide(replica: Replica, request: Inbound) -> Answered:
     return (404, *complaint(404, "there are dispatch, release and authorize", "unknown_path"))
 
 
-async def _dispatch(replica: Replica, request: Inbound) -> Answered:
+async def _dispatch(desk: Desk, request: Inbound) -> Answered:
     fields = _object(request.body)
     path = str(fields.get("path", "/v1/completions")).encode()
     request_id = _given_id(fields.get("request_id"))
@@ -61,9 +59,9 @@ async def _dispatch(replica: Replica, request: Inbound) -> Answered:
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
             raise InvalidInput("give the prompt's tokens, or path and body of the request")
-        tokens = (await replica.tokens.count_exactly(read_body(path, orjson.dumps(fields["body"])))).tokens
+        tokens = (await desk.tokens.count_exactly(read_body(path, orjson.dumps(fields["body"])))).tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
-    placement, engine, index = await _place(replica, request_id, tokens)
+    placement, engine, index = await _place(desk, request_id, tokens)
     answer = {
         "request_id": request_id,
         "rank": placement.rank,
@@ -78,7 +76,7 @@ async def _dispatch(replica: Replica, request: Inbound) -> Answered:
     return 200, [(b"Content-Type", b"application/json")], orjson.dumps(answer)
 
 
-async def _release(replica: Replica, request: Inbound) -> Answered:
+async def _release(desk: Desk, request: Inbound) -> Answered:
     fields = _object(request.body) if request.body else {}
     ids = fields.get(
         "request_ids", [fields.get("request_id") or (request.header(b"x-request-id") or b"").decode("latin-1")]
@@ -87,18 +85,18 @@ async def _release(replica: Replica, request: Inbound) -> Answered:
         raise InvalidInput("give request_id, or request_ids: a list of up to 1,000")
     for request_id in ids:
         checked_request_id(request_id)
-    released = await replica.bookings.dispatcher.release(*ids)
+    released = await desk.bookings.dispatcher.release(*ids)
     return 200, [(b"Content-Type", b"application/json")], orjson.dumps({"released": released})
 
 
-async def _authorize(replica: Replica, request: Inbound) -> Answered:
+async def _authorize(desk: Desk, request: Inbound) -> Answered:
     original = request.header(b"x-original-uri") or request.path[len(_AUTHORIZE) :]
     path = original.partition(b"?")[0]
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
     request_id = wire.safe_request_id(request.header(b"x-request-id")) or _new_id()
-    placement, engine, index = await _place(replica, request_id, await _tokens(replica, request, path))
+    placement, engine, index = await _place(desk, request_id, await _tokens(desk, request, path))
     headers = [
         *_headers(engine, path, index, request_id),
         (b"X-Balancer-Request-Id", request_id.encode()),
@@ -108,29 +106,29 @@ async def _authorize(replica: Replica, request: Inbound) -> Answered:
     return 200, headers, b""
 
 
-async def _tokens(replica: Replica, request: Inbound, path: bytes) -> int:
+async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
     if told := request.header(b"x-balancer-tokens"):
         if not told.isdigit():
             raise InvalidInput("X-Balancer-Tokens must be a whole number")
         return checked_count(int(told), "X-Balancer-Tokens", 1, MAX_TOKENS)
     if request.body:
-        return (await replica.tokens.count_exactly(read_body(path, request.body))).tokens
+        return (await desk.tokens.count_exactly(read_body(path, request.body))).tokens
     length = request.header(b"x-original-content-length") or b"0"
-    return max(1, replica.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
+    return max(1, desk.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
 
 
-async def _place(replica: Replica, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
+async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
     for _ in range(2):
-        placement = await replica.bookings.place(request_id, tokens, replica.avoided())
-        found = replica.target_of(placement)
+        placement = await desk.bookings.place(request_id, tokens, desk.avoided())
+        found = desk.target_of(placement)
         if found is not None:
             break
-        await replica.bookings.end_now(request_id)
-        await replica.bookings.look()
+        await desk.bookings.end_now(request_id)
+        await desk.bookings.look()
     else:
-        raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
-    replica.metrics.policy = replica.bookings.policy
-    replica.metrics.decided(placement.rank, placement.outcome.value)
+        raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
+    desk.metrics.policy = desk.bookings.policy
+    desk.metrics.decided(placement.rank, placement.outcome.value)
     return placement, found[0].engine, found[1]
 
 

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from balancer.errors import BalancerError, NoRank, NoRankReason
 from balancer.model import Outcome, Placement
@@ -21,15 +20,13 @@ from balancer.serve import wire
 from balancer.serve.access_log import Entry
 from balancer.serve.bookings import Open
 from balancer.serve.complaint import complaint, status_of
+from balancer.serve.desk import Desk, Target
 from balancer.serve.endpoints import Asked, Malformed, is_placed, read_body
 from balancer.serve.front import Client
 from balancer.serve.inbound import Inbound
 from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
 from balancer.serve.tokens import Counted
 from balancer.serve.upstream import Answer, Connection, UpstreamError
-
-if TYPE_CHECKING:
-    from balancer.serve.replica import Replica, Target
 
 log = logging.getLogger("balancer.serve")
 
@@ -49,8 +46,8 @@ class _Try:
 class Exchange:
     """A request and its answer."""
 
-    def __init__(self, replica: Replica, client: Client, request: Inbound) -> None:
-        self._replica = replica
+    def __init__(self, desk: Desk, client: Client, request: Inbound) -> None:
+        self._desk = desk
         self._client = client
         self._request = request
         own = wire.safe_request_id(request.header(b"x-request-id"))
@@ -75,7 +72,7 @@ class Exchange:
 
     async def run(self) -> None:
         """Answer the request. Cancelled when the client goes."""
-        entry, metrics = self.entry, self._replica.metrics
+        entry, metrics = self.entry, self._desk.metrics
         metrics.in_flight.inc()
         try:
             await self._answer()
@@ -85,25 +82,25 @@ class Exchange:
             raise
         finally:
             if self._booked:
-                self._replica.bookings.end(self._booking_id, is_urgent=not self._is_acknowledged)
+                self._desk.bookings.end(self._booking_id, is_urgent=not self._is_acknowledged)
             metrics.in_flight.dec()
             metrics.answered(entry.path if self._placed else "other", entry.status)
             metrics.duration.observe(time.monotonic() - entry.began)
-            if self._replica.options.access_log:
+            if self._desk.options.access_log:
                 entry.write()
 
     async def _answer(self) -> None:
-        replica = self._replica
+        desk = self._desk
         if self._placed:
             try:
                 await self._read()
             except Malformed as error:
                 return self._refuse(400, str(error), "invalid_body")
-        replica.retries.earn()
+        desk.retries.earn()
         failed: set[str] = set()
         attempt: _Try | None = None
         why = UpstreamError("", False)
-        for number in range(replica.options.tries):
+        for number in range(desk.options.tries):
             entry = self.entry
             entry.tries = number + 1
             try:
@@ -111,12 +108,12 @@ class Exchange:
             except NoRank as error:
                 if failed:
                     break
-                replica.metrics.decided("", error.reason.value)
+                desk.metrics.decided("", error.reason.value)
                 return self._refuse(status_of(error), str(error), error.reason.value)
             except BalancerError as error:
                 log.warning("request=%s cannot be placed: %s", self._request_id, error)
                 return self._refuse(503, "the dispatcher's store refuses to place requests", "store_refused")
-            is_last = number + 1 == replica.options.tries
+            is_last = number + 1 == desk.options.tries
             try:
                 connection, answer = await self._send(attempt)
             except UpstreamError as error:
@@ -125,18 +122,18 @@ class Exchange:
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
                 reason = "broke_off" if error.connected else "no_connection"
-                if is_last or not replica.retries.spend():
+                if is_last or not desk.retries.spend():
                     break
-                replica.metrics.retried(reason)
+                desk.metrics.retried(reason)
                 await self._unbook()
                 continue
             if (
                 answer.status in _TRY_ELSEWHERE
                 and not is_last
-                and replica.has_other(attempt.target)
-                and replica.retries.spend()
+                and desk.has_other(attempt.target)
+                and desk.retries.spend()
             ):
-                replica.metrics.retried(f"status_{answer.status}")
+                desk.metrics.retried(f"status_{answer.status}")
                 failed.update(attempt.target.engine.ranks)
                 connection.give_back()
                 await self._unbook()
@@ -152,7 +149,7 @@ class Exchange:
     # -- before it is sent
 
     async def _read(self) -> None:
-        request, counter = self._request, self._replica.tokens
+        request, counter = self._request, self._desk.tokens
         if request.header(b"content-encoding") or request.header(b"x-body-compressed"):
             # Not ours to unpack: the engine gets it as it is, and it counts by its size.
             self._asked = Asked(has_rid=True)
@@ -165,38 +162,38 @@ class Exchange:
 
     async def _choose(self, failed: tuple[str, ...]) -> _Try:
         """Where to send it; raises `NoRank`."""
-        replica, entry = self._replica, self.entry
+        desk, entry = self._desk, self.entry
         if not self._placed:
-            target = replica.any_target(failed)
+            target = desk.any_target(failed)
             entry.engine = target.engine.name
             return _Try(target, None)
-        bookings = replica.bookings
-        lets_engine_choose = replica.options.redis_away == "engine"
+        bookings = desk.bookings
+        lets_engine_choose = desk.options.redis_away == "engine"
         began = time.monotonic()
         self._booked = True
         for _ in range(2):
             try:
-                placement = await bookings.place(self._booking_id, self._counted.tokens, (*replica.avoided(), *failed))
+                placement = await bookings.place(self._booking_id, self._counted.tokens, (*desk.avoided(), *failed))
             except NoRank as error:
                 if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
                     return self._unplaced(failed)
                 raise
-            found = replica.target_of(placement)
+            found = desk.target_of(placement)
             if found is not None:
                 break
-            # A rank of an engine that this replica was not told of: see which others there are.
+            # A rank of an engine that this desk was not told of: see which others there are.
             await self._unbook()
             await bookings.look()
         else:
-            raise NoRank(replica.settings.pool, NoRankReason.ALL_SILENT)
+            raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
         if lets_engine_choose and placement.outcome is Outcome.FALLBACK:
             return self._unplaced(failed)
         target, index = found
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
-        replica.metrics.dispatch.observe(entry.placed - began)
-        replica.metrics.policy = bookings.policy
-        replica.metrics.decided(placement.rank, placement.outcome.value)
+        desk.metrics.dispatch.observe(entry.placed - began)
+        desk.metrics.policy = bookings.policy
+        desk.metrics.decided(placement.rank, placement.outcome.value)
         if placement.outcome is Outcome.FALLBACK:
             self._booked = False
         else:
@@ -205,16 +202,16 @@ class Exchange:
 
     def _unplaced(self, failed: tuple[str, ...]) -> _Try:
         """Redis is away, and the operator would have the engine choose."""
-        target = self._replica.any_target(failed)
+        target = self._desk.any_target(failed)
         self.entry.engine, self.entry.outcome = target.engine.name, "engine_chooses"
-        self._replica.metrics.decided("", "engine_chooses")
+        self._desk.metrics.decided("", "engine_chooses")
         return _Try(target, None)
 
     async def _unbook(self) -> None:
         """Before the same request is placed again."""
         if self._booked:
             self._opened = None
-            await self._replica.bookings.end_now(self._booking_id)
+            await self._desk.bookings.end_now(self._booking_id)
 
     # -- sending and passing on
 
@@ -224,7 +221,7 @@ class Exchange:
         while True:
             connection, is_reused = await attempt.target.pool.acquire()
             try:
-                answer = await connection.send(data, request.method == "HEAD", self._replica.options.first_byte_s)
+                answer = await connection.send(data, request.method == "HEAD", self._desk.options.first_byte_s)
             except UpstreamError as error:
                 connection.give_back()
                 if not is_reused or error.is_late:
@@ -243,7 +240,7 @@ class Exchange:
             more += wire.rank_headers(engine, request.path, attempt.index)
             if self._asked.fields is not None:
                 body = wire.body_for(engine, request.path, self._asked, self._booking_id, attempt.index, body)
-        options = self._replica.options
+        options = self._desk.options
         if options.engine_key:
             more.append((b"Authorization", b"Bearer " + options.engine_key.encode()))
         return (
@@ -260,9 +257,9 @@ class Exchange:
         )
 
     async def _pass_on(self, attempt: _Try, connection: Connection, answer: Answer) -> None:
-        entry, client, request, replica = self.entry, self._client, self._request, self._replica
+        entry, client, request, desk = self.entry, self._client, self._request, self._desk
         entry.status, entry.first_byte = answer.status, time.monotonic()
-        replica.metrics.first_byte.observe(entry.first_byte - entry.began)
+        desk.metrics.first_byte.observe(entry.first_byte - entry.began)
         if (
             self._booked
             and attempt.target.engine.hooked
@@ -271,7 +268,7 @@ class Exchange:
             # The engine has it, and its hook cannot know it by our id: its own count holds it from here on.
             self._booked = False
             self._opened = None
-            replica.bookings.end(self._booking_id)
+            desk.bookings.end(self._booking_id)
         is_open_ended = answer.length is None and not answer.is_chunked and request.method != "HEAD"
         unchunk = request.is_http_10 and answer.is_chunked
         if unchunk or (is_open_ended and answer.status not in (204, 304)):
@@ -300,7 +297,7 @@ class Exchange:
         more: wire.Headers = []
         if answer.header(b"x-request-id") is None:
             more.append((b"X-Request-Id", self._request_id.encode()))
-        if self._replica.options.show_rank and attempt.placement is not None:
+        if self._desk.options.show_rank and attempt.placement is not None:
             more.append((b"X-Balancer-Rank", attempt.placement.rank.encode()))
         closes = self._client.closes_after(self._request)
         drop = frozenset((b"transfer-encoding", b"trailer")) if unchunk else frozenset[bytes]()
@@ -317,9 +314,9 @@ class Exchange:
         actual, counted = prompt_tokens(self._last), self._counted
         told = actual and self._placed and self.entry.status == 200
         if told and counted.source != "none" and self._asked.copies == 1:
-            self._replica.metrics.counted(counted.source, counted.tokens, actual)
+            self._desk.metrics.counted(counted.source, counted.tokens, actual)
             if counted.text_bytes:
-                self._replica.tokens.estimate.learn(counted.text_bytes, actual - self._asked.extra)
+                self._desk.tokens.estimate.learn(counted.text_bytes, actual - self._asked.extra)
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         self.entry.status, self.entry.ended = status, "refused"

@@ -11,24 +11,18 @@ import logging
 import socket
 import ssl
 import time
-from dataclasses import dataclass, replace
 
 import orjson
 
-from balancer.errors import InvalidInput, NoRank, NoRankReason
-from balancer.model import Placement
+from balancer.errors import InvalidInput
 from balancer.serve import decision
-from balancer.serve.bookings import Bookings
 from balancer.serve.complaint import complaint
+from balancer.serve.desk import Desk
 from balancer.serve.exchange import Exchange
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import Inbound
-from balancer.serve.metrics import CONTENT_TYPE, Metrics
-from balancer.serve.options import Engine, Options
-from balancer.serve.retries import RetryBudget
-from balancer.serve.stand_in import StandIn, avoided
-from balancer.serve.tokens import TokenCounter
-from balancer.serve.upstream import Pool
+from balancer.serve.metrics import CONTENT_TYPE
+from balancer.serve.options import Options
 from balancer.serve.wire import Headers
 from balancer.settings import Settings
 
@@ -37,41 +31,14 @@ log = logging.getLogger("balancer.serve")
 _JSON = (b"Content-Type", b"application/json")
 
 
-@dataclass(slots=True)
-class Target:
-    """An engine, the way to it, and whether it answers."""
-
-    engine: Engine
-    pool: Pool
-    stand_in: StandIn
-
-
-class Replica:
+class Replica(Desk):
     """A dispatcher with a front door. Belongs to one event loop."""
 
     def __init__(self, options: Options, settings: Settings) -> None:
-        self.options, self.settings = options, settings
-        self.metrics = Metrics(settings.pool)
-        self.tokens = TokenCounter(options.tokenizer)
-        self.retries = RetryBudget(options.retry_share)
-        self.bookings = Bookings(settings)
-        self.targets = [self._target(engine) for engine in options.engines]
-        self._by_rank = {
-            rank: (target, index) for target in self.targets for index, rank in enumerate(target.engine.ranks)
-        }
-        self._strangers: tuple[str, ...] = ()
-        self._seen_ranks: frozenset[str] = frozenset()
-        self._turn = 0
+        super().__init__(options, settings)
         self._keys = tuple(f"Bearer {key}".encode() for key in options.api_keys)
         self.server = Server(self._answer, options.limits)
         self.server.complaint = complaint
-
-    def _target(self, engine: Engine) -> Target:
-        tls = ssl.create_default_context() if engine.tls else None
-        pool = Pool(engine, self.options.connect_s, tls)
-        # Not on the way of a request: an engine's report may take longer than a placement.
-        patient = replace(self.settings, budget_ms=max(self.settings.budget_ms, 1_000))
-        return Target(engine, pool, StandIn(engine, pool, patient))
 
     # -- life
 
@@ -109,45 +76,6 @@ class Replica:
         except OSError as error:
             raise InvalidInput(f"the front door's certificate or key cannot be used: {error}") from None
         return {"ssl": context}
-
-    # -- where to
-
-    def target_of(self, placement: Placement) -> tuple[Target, int] | None:
-        """The engine that a placement means and the rank's index behind its address; None for a stranger's."""
-        return self._by_rank.get(placement.rank)
-
-    def avoided(self) -> tuple[str, ...]:
-        """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
-        must not turn everybody away."""
-        silent: tuple[str, ...] = ()
-        if any(target.stand_in.answers for target in self.targets):
-            silent = avoided(target.stand_in for target in self.targets)
-        strangers = self._strangers_in(self.bookings.ranks)
-        return (*silent, *strangers) if strangers else silent
-
-    def _strangers_in(self, ranks: frozenset[str]) -> tuple[str, ...]:
-        """Ranks of engines that this replica was not told of."""
-        if ranks is not self._seen_ranks:
-            self._seen_ranks = ranks
-            strangers = tuple(sorted(ranks - self._by_rank.keys()))
-            if strangers and strangers != self._strangers:
-                listed = ", ".join(strangers[:8])
-                log.warning("pool=%s ranks without an --engine here are avoided: %s", self.settings.pool, listed)
-            self._strangers = strangers
-        return self._strangers
-
-    def any_target(self, failed: tuple[str, ...]) -> Target:
-        """An engine for a request that is not placed, in turn; raises `NoRank` where all have failed."""
-        untried = [target for target in self.targets if target.engine.ranks[0] not in failed]
-        if not untried:
-            raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
-        alive = [target for target in untried if target.stand_in.answers] or untried
-        self._turn += 1
-        return alive[self._turn % len(alive)]
-
-    def has_other(self, target: Target) -> bool:
-        """Whether there is another engine to try."""
-        return any(other is not target and other.stand_in.answers for other in self.targets)
 
     # -- requests
 

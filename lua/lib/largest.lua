@@ -6,5 +6,5 @@ local function note_largest(batch)
     largest = math.max(request.tokens, largest * DECAY)  -- as in within_envelope
     request.largest = largest
   end
-  call('HSET', pool, 'largest', string.format('%.17g', largest))
+  remember('largest', string.format('%.17g', largest))
 end

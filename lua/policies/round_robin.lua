@@ -8,7 +8,8 @@ local function round_robin(batch)
   local ranks, total = {}, 0
   for place, seen in ipairs(view) do ranks[place], total = seen.rank, total + seen.weight end
   table.sort(ranks)
-  local turn = call('HINCRBY', pool, 'turn', #batch) - #batch
+  local turn = tonumber(call('HGET', pool, 'turn') or 0) or error('CORRUPT the pool\'s turn is not a number')
+  remember('turn', decimal(turn + #batch))
   return function()
     turn = turn + 1
     local rank = ranks[turn % #ranks + 1]

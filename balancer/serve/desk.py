@@ -1,0 +1,94 @@
+"""The desk: what a request needs of its replica. Where it may go, its booking, its tokens, another try, the counts.
+
+`replica` opens the doors before it; `exchange` and `decision` are what is done at it.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from dataclasses import dataclass, replace
+
+from balancer.errors import NoRank, NoRankReason
+from balancer.model import Placement
+from balancer.serve.bookings import Bookings
+from balancer.serve.metrics import Metrics
+from balancer.serve.options import Engine, Options
+from balancer.serve.retries import RetryBudget
+from balancer.serve.stand_in import StandIn, avoided
+from balancer.serve.tokens import TokenCounter
+from balancer.serve.upstream import Pool
+from balancer.settings import Settings
+
+log = logging.getLogger("balancer.serve")
+
+
+@dataclass(slots=True)
+class Target:
+    """An engine, the way to it, and whether it answers."""
+
+    engine: Engine
+    pool: Pool
+    stand_in: StandIn
+
+
+class Desk:
+    """What all requests of one replica share. Belongs to one event loop."""
+
+    def __init__(self, options: Options, settings: Settings) -> None:
+        self.options, self.settings = options, settings
+        self.metrics = Metrics(settings.pool)
+        self.tokens = TokenCounter(options.tokenizer)
+        self.retries = RetryBudget(options.retry_share)
+        self.bookings = Bookings(settings)
+        self.targets = [self._target(engine) for engine in options.engines]
+        self._by_rank = {
+            rank: (target, index) for target in self.targets for index, rank in enumerate(target.engine.ranks)
+        }
+        self._strangers: tuple[str, ...] = ()
+        self._seen_ranks: frozenset[str] = frozenset()
+        self._turn = 0
+
+    def _target(self, engine: Engine) -> Target:
+        tls = ssl.create_default_context() if engine.tls else None
+        pool = Pool(engine, self.options.connect_s, tls)
+        # Not on the way of a request: an engine's report may take longer than a placement.
+        patient = replace(self.settings, budget_ms=max(self.settings.budget_ms, 1_000))
+        return Target(engine, pool, StandIn(engine, pool, patient))
+
+    def target_of(self, placement: Placement) -> tuple[Target, int] | None:
+        """The engine that a placement means and the rank's index behind its address; None for a stranger's."""
+        return self._by_rank.get(placement.rank)
+
+    def avoided(self) -> tuple[str, ...]:
+        """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
+        must not turn everybody away."""
+        silent: tuple[str, ...] = ()
+        if any(target.stand_in.answers for target in self.targets):
+            silent = avoided(target.stand_in for target in self.targets)
+        strangers = self._strangers_in(self.bookings.ranks)
+        return (*silent, *strangers) if strangers else silent
+
+    def _strangers_in(self, ranks: frozenset[str]) -> tuple[str, ...]:
+        """Ranks of engines that this replica was not told of."""
+        if ranks is not self._seen_ranks:
+            self._seen_ranks = ranks
+            strangers = tuple(sorted(ranks - self._by_rank.keys()))
+            if strangers and strangers != self._strangers:
+                listed = ", ".join(strangers[:8])
+                log.warning("pool=%s ranks without an --engine here are avoided: %s", self.settings.pool, listed)
+            self._strangers = strangers
+        return self._strangers
+
+    def any_target(self, failed: tuple[str, ...]) -> Target:
+        """An engine for a request that is not placed, in turn; raises `NoRank` where all have failed."""
+        untried = [target for target in self.targets if target.engine.ranks[0] not in failed]
+        if not untried:
+            raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
+        alive = [target for target in untried if target.stand_in.answers] or untried
+        self._turn += 1
+        return alive[self._turn % len(alive)]
+
+    def has_other(self, target: Target) -> bool:
+        """Whether there is another engine to try."""
+        return any(other is not target and other.stand_in.answers for other in self.targets)
