@@ -59,6 +59,7 @@ class Scheduling:
         self._idle_cadence = IDLE_SYNCS
         self._last_look = float("-inf")
         self._last_counts = (-1, -1)
+        self._repeats = 0
         self.received = harmless(self._trouble, "taking note of received requests")(self._on_received)
         self.stepped = harmless(self._trouble, "reporting a step")(self._on_step)
         self.synced = harmless(self._trouble, "gathering")(self._on_sync)
@@ -123,7 +124,9 @@ class Scheduling:
             return hook.after_step(0, 0, {})
         tokens, requests = self._counting.held()
         received = self._ready()
-        if is_idle and not received and (tokens, requests) == self._last_counts:
+        is_news = bool(received) or (tokens, requests) != self._last_counts
+        self._repeats = 0 if is_news else self._repeats + 1
+        if is_idle and self._repeats >= self._plugin.every:  # so often that one of them has been passed on
             return None
         self._received = {id_: count for id_, count in self._received.items() if id_ not in received}
         self._last_counts = (tokens, requests)

@@ -58,9 +58,11 @@ def request(rid: str, tokens: int) -> Any:
 class Rank:
     """A scheduler and its hooks, called in the order of SGLang's loop."""
 
-    def __init__(self, settings: Settings, scheduler: Scheduler | None = None, form: str = "leader") -> None:
+    def __init__(
+        self, settings: Settings, scheduler: Scheduler | None = None, form: str = "leader", every: int = 1
+    ) -> None:
         self.scheduler = scheduler or Scheduler()
-        self.hooks = Scheduling(PluginSettings(settings, engine="e", form=form))
+        self.hooks = Scheduling(PluginSettings(settings, engine="e", form=form, every=every))
         self.loop()
 
     def loop(self, *messages: Any, queue: bool = True) -> None:
@@ -226,6 +228,19 @@ def test_an_idle_rank_reports_nothing_new(rank: Rank, dispatcher: Dispatcher, ev
     for _ in range(1_000):
         rank.loop()
     assert rank.hooks._hook._step == before
+
+
+def test_what_happened_between_two_reports_of_every_third_step_is_told_when_idle(
+    settings: Settings, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    rank = Rank(settings, every=3)
+    eventually(lambda: _ranks(dispatcher), "the rank has joined")
+    dispatcher.dispatch("r", 10)
+    rank.step(request("r", 10))
+    for _ in range(10):
+        rank.loop()
+    eventually(lambda: shows(dispatcher, holding=10, in_flight=0), "it is counted")
+    rank.close()
 
 
 def test_where_ranks_exchange_nothing_the_gather_is_off_and_it_is_said(
