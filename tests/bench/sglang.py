@@ -67,7 +67,7 @@ def main() -> None:
     flags = ("--tp", ranks, "--dp", ranks, "--enable-dp-attention")
     with EmbeddedRedis() as redis, tempfile.TemporaryDirectory() as probed:
         ours = SGLangServer(
-            arguments.port + 1,
+            arguments.port + 300,  # SGLang takes some ports above its own
             *flags,
             DP_BALANCER_URL=str(redis.url),
             DP_BALANCER_POOL="bench",

@@ -22,7 +22,7 @@ def servers(redis_process: EmbeddedRedis) -> Iterator[dict[str, SGLangServer]]:
     assert not what_is_missing(), what_is_missing()
     made = {
         name: SGLangServer(
-            PORT + 5 + number,
+            PORT + 300 * (1 + number),  # SGLang takes some ports above its own
             "--dp",
             "2",
             "--sleep-on-idle",
