@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -209,14 +210,14 @@ def redis_on(port: int) -> Iterator[str]:
             return
     with EmbeddedRedis(port=port) as server:
         yield server.url
+    with contextlib.suppress(OSError):
+        ping(port, b"SHUTDOWN NOSAVE")  # one that a story has put in its place
 
 
-def ping(port: int) -> bytes:
-    """What a server answers to PING."""
-    import socket
-
+def ping(port: int, word: bytes = b"PING") -> bytes:
+    """What a server answers to PING, or to another word."""
     with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
-        connection.sendall(b"PING\r\n")
+        connection.sendall(word + b"\r\n")
         return connection.recv(64)
 
 
