@@ -61,10 +61,10 @@ test-engines: test-sglang test-vllm  ## the plugins and balancer serve with real
 	$(PYTEST) tests/serve/engines -s $(ARGS)
 
 test-sglang: sglang-ready  ## in real SGLang, on the CPU (DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
-	$(PYTEST) tests/engines_sglang -s $(ARGS)
+	$(PYTEST) tests/engines/sglang -s $(ARGS)
 
-test-vllm: vllm-ready  ## in real vLLM, its GPU simulated (ARGS="-k vllm_scheduler" is the slim form)
-	$(PYTEST) tests/engines -s $(ARGS)
+test-vllm: vllm-ready  ## in real vLLM, its GPU simulated (ARGS="-k test_scheduler" is the slim form)
+	$(PYTEST) tests/engines/vllm -s $(ARGS)
 
 bench-serve: $(READY)  ## balancer serve beside sglang-router and smg on the same stub engines; JSON in out/
 	$(BIN)/python -m tests.bench.serve.peers $(ARGS)

@@ -40,7 +40,8 @@ class InsideDispatcher:
         `ranks`: the data-parallel indices that this client can send to. A caller that is cancelled leaves no booking.
         """
         # A task of its own: were the EVAL cancelled half-way, nobody could tell whether it has booked.
-        booking = self._spawn(self._dispatcher.dispatch(request_id, tokens))
+        among = [f"{self._engine}/{index}" for index in ranks]
+        booking = self._spawn(self._dispatcher.dispatch(request_id, tokens, among))
         try:
             placement = await asyncio.shield(booking)
         except asyncio.CancelledError:
@@ -68,7 +69,7 @@ class InsideDispatcher:
             self.release(placement.request.request_id)
             self._leave_to_vllm(
                 "foreign rank",
-                "pool %s has ranks of others (%s): give each server whose API servers dispatch a pool of its own",
+                "pool %s has the request booked on %s, which this server cannot reach: ids must differ between requests",
                 self._pool,
                 placement.rank,
             )

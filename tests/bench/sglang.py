@@ -17,8 +17,8 @@ from typing import Any
 
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks.demo.table import render
-from tests.engines_sglang.probe import PROBE, costs
-from tests.engines_sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
+from tests.engines.sglang.probe import PROBE, costs
+from tests.engines.sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
 
 FIGURES = {
     "requests": "completed",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer import Dispatcher, PoolAdmin
-from tests.engines.vllm_kit import PORT, VllmServer, at_rest, redis_on
+from tests.engines.vllm.kit import PORT, VllmServer, at_rest, redis_on
 
 ENGINE_RANKS = 4
 LOOK_EVERY_S = 0.1

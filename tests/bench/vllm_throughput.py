@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from tests.bench.vllm_balance import interval
-from tests.engines.vllm_kit import PORT, VllmServer, redis_on
+from tests.engines.vllm.kit import PORT, VllmServer, redis_on
 
 
 def output_tokens_per_s(server: VllmServer, prompts: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from balancer import InvalidInput, Reporter, Settings, in_flight_id
+from balancer import InvalidInput, RankCounts, Reporter, Settings, in_flight_id
 from balancer.marker import marked
 from scheduler_hooks.vllm.counts import Counts
 from scheduler_hooks.vllm.dispatching import InsideDispatcher, dispatching
@@ -273,10 +273,24 @@ async def test_without_redis_vllm_decides(wrap: Any, settings: Settings) -> None
     assert client.sent == [("a", None)]
 
 
-async def test_a_rank_that_this_server_cannot_reach_is_given_back_and_vllm_decides(
-    wrap: Any, settings: Settings, join: Join, dispatcher: Any, eventually: Any
+async def test_where_servers_share_a_pool_each_places_on_ranks_of_its_own(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
 ) -> None:
     join("another", 2)
+    join("e0", 2).report(1, [RankCounts(500, 5), RankCounts(600, 6)])
+    client, send = Client([0, 1]), wrap(settings)
+    await send(client, asked("a", tokens=200))
+    await send(client, asked("b", tokens=10))
+    assert {rank for _, rank in client.sent} == {0, 1}
+    assert dispatcher.snapshot().bookings == 2
+
+
+async def test_a_rank_that_this_server_cannot_reach_is_given_back_and_vllm_decides(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("another", 2)
+    dispatcher.dispatch("a", 7)  # by somebody outside, with the same id
+    join("e0", 2)
     client = Client([0, 1])
     await wrap(settings)(client, asked("a"))
     assert client.sent == [("a", None)]

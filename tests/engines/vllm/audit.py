@@ -1,4 +1,4 @@
-"""A user's own scheduler class for `vllm serve --scheduler-cls vllm_audit.AuditedScheduler`, which checks the hook.
+"""A user's own scheduler class for `vllm serve --scheduler-cls audit.AuditedScheduler`, which checks the hook.
 
 Runs inside each EngineCore. At every hand-over of the hook it writes a line to $VLLM_AUDIT/RANK.jsonl: what the hook
 said beside what the scheduler's requests sum up to, counted from nothing. The test compares the two, and Redis to them.

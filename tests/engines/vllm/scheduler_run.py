@@ -1,7 +1,7 @@
 """vLLM's real scheduler in this process, with the hook that the plugin attaches to it; run by vLLM's own Python.
 
-    python vllm_scheduler_run.py play MODEL SEED STEPS FORM     random traffic: are all hand-overs right?
-    python vllm_scheduler_run.py cost MODEL LIVE STEPS          what the hook adds to a step, in us
+    python scheduler_run.py play MODEL SEED STEPS FORM     random traffic: are all hand-overs right?
+    python scheduler_run.py cost MODEL LIVE STEPS          what the hook adds to a step, in us
 
 Prints one line of JSON. Execution is replaced by random tokens, and by nothing else: admission, chunked prefill,
 preemption, asynchronous scheduling, speculative decoding, sessions and aborts are vLLM's.

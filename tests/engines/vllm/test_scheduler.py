@@ -14,7 +14,7 @@ import pytest
 
 from balancer import Dispatcher, Settings
 from balancer.embedded import EmbeddedRedis
-from tests.engines.vllm_kit import HOME, PYTHON, ROOT, SIMULATED, free_of_ours, need_vllm
+from tests.engines.vllm.kit import HOME, PYTHON, ROOT, SIMULATED, free_of_ours, need_vllm
 
 STEP_MS = 20.0
 """A decoding step on current hardware, against which the hook's cost is judged."""
@@ -29,7 +29,7 @@ def run(server: EmbeddedRedis, *arguments: object) -> dict[str, Any]:
     """Run the script by vLLM's Python, the plugin attached; what it says."""
     environment = free_of_ours() | SIMULATED | {"DP_BALANCER_URL": server.url, "DP_BALANCER_POOL": "slim"}
     what, *rest = map(str, arguments)
-    command = [PYTHON, Path(__file__).with_name("vllm_scheduler_run.py"), what, HOME / "models" / "tiny-dense", *rest]
+    command = [PYTHON, Path(__file__).with_name("scheduler_run.py"), what, HOME / "models" / "tiny-dense", *rest]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ import pytest
 
 from balancer import Dispatcher, NoRank, PoolSnapshot, StoreError
 from balancer.marker import marked
-from tests.engines.vllm_kit import (
+from tests.engines.vllm.kit import (
     KEEP,
     PORT,
     VllmServer,

@@ -24,7 +24,7 @@ import pytest
 from balancer import Dispatcher, PoolAdmin, Settings
 from balancer.embedded import EmbeddedRedis
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KIT = ROOT.parent / "shared" / "engines" / "vllm"
 HOME = Path(os.environ.get("ENGINES_HOME") or Path.home() / ".cache" / "engines")
 PYTHON = HOME / "vllm" / "bin" / "python"
@@ -66,7 +66,7 @@ def free_of_ours() -> dict[str, str]:
 class VllmServer:
     """A vLLM from the kit with the plugin in it. `name`: of its pool and its audit; `port`: of its API.
 
-    `audited`: its scheduler is `vllm_audit.AuditedScheduler`, which writes what the hook said beside the truth.
+    `audited`: its scheduler is `audit.AuditedScheduler`, which writes what the hook said beside the truth.
     """
 
     name: str
@@ -103,7 +103,7 @@ class VllmServer:
             "PYTHONPATH": str(Path(__file__).parent),
             "VLLM_AUDIT": str(self.audit),
         }
-        audit = ("--scheduler-cls", "vllm_audit.AuditedScheduler") if self.audited else ()
+        audit = ("--scheduler-cls", "audit.AuditedScheduler") if self.audited else ()
         numbers = (str(self.port), str(self.ranks), str(self.api_servers))
         command = [str(KIT / "serve"), *numbers, "--max-num-seqs", "64", *audit, *self.flags]
         subprocess.run(command, env=environment | self.environment, check=True, timeout=READY_S + 60)

@@ -11,8 +11,8 @@ import pytest
 
 from balancer import Dispatcher, Placement, Request, Settings
 from balancer.embedded import EmbeddedRedis
-from tests.engines_sglang.server import SGLangServer, what_is_missing
-from tests.engines_sglang.test_live import PORT, is_at_rest
+from tests.engines.sglang.server import SGLangServer, what_is_missing
+from tests.engines.sglang.test_live import PORT, is_at_rest
 
 Eventually = Callable[..., float]
 

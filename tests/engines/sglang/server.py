@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KIT = ROOT.parent / "shared" / "engines"
 READY_S = 600
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from balancer.embedded import EmbeddedRedis
-from tests.engines_sglang.link import Link
+from tests.engines.sglang.link import Link
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ import redis
 
 from balancer import Dispatcher, Placement, PoolSnapshot, Request, Settings, UnknownPool
 from balancer.embedded import EmbeddedRedis
-from tests.engines_sglang.link import Link
-from tests.engines_sglang.load import Load
-from tests.engines_sglang.probe import PROBE, costs
-from tests.engines_sglang.server import SGLangServer, what_is_missing
+from tests.engines.sglang.link import Link
+from tests.engines.sglang.load import Load
+from tests.engines.sglang.probe import PROBE, costs
+from tests.engines.sglang.server import SGLangServer, what_is_missing
 
 Eventually = Callable[..., float]
 

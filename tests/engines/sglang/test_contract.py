@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from scheduler_hooks.sglang import counting, targets
-from tests.engines_sglang.server import engines_home
+from tests.engines.sglang.server import engines_home
 
 RELEASES = [
     *("0.5.13", "0.5.13.post1", "0.5.14", "0.5.15", "0.5.15.post1", "0.5.16", "0.5.17", "0.5.18"),

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.engines_sglang.server import SGLangServer
+from tests.engines.sglang.server import SGLangServer
 
 
 @dataclass

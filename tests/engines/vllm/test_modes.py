@@ -9,7 +9,7 @@ import pytest
 
 from balancer import Dispatcher
 from balancer.marker import marked
-from tests.engines.vllm_kit import PORT, VllmServer, at_rest, need_vllm, redis_on, until
+from tests.engines.vllm.kit import PORT, VllmServer, at_rest, need_vllm, redis_on, until
 
 numbers = count(1)
 COMPLETION = {"prompt": "hello there", "max_tokens": 4}
