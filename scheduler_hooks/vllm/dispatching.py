@@ -69,7 +69,7 @@ class InsideDispatcher:
             self.release(placement.request.request_id)
             self._leave_to_vllm(
                 "foreign rank",
-                "pool %s has the request booked on %s, which this server cannot reach: ids must differ between requests",
+                "pool %s has this id booked on %s, which this server cannot reach: ids must differ between requests",
                 self._pool,
                 placement.rank,
             )
