@@ -22,3 +22,13 @@ def received_id(engines_id: str) -> int:
     """The in-flight id that an engine's own request id stands for: by its mark, else by all of it."""
     found = _MARK.search(engines_id)
     return int(found[1], 16) & (2**63 - 1) if found else in_flight_id(engines_id)
+
+
+def received_ids(engines_id: str) -> tuple[int, ...]:
+    """The in-flight ids under which a request of this id may be booked: by its mark first, then by all of it.
+
+    A dispatcher outside books the marked id, one inside the engine books the engine's own id, mark or not. They are
+    bookings of one request: its tokens are told with the first id, none with the other.
+    """
+    first, whole = received_id(engines_id), in_flight_id(engines_id)
+    return (first,) if first == whole else (first, whole)

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from balancer import InvalidInput, in_flight_id
-from balancer.marker import marked, received_id
+from balancer.marker import marked, received_id, received_ids
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
 
@@ -62,6 +62,15 @@ def test_a_marked_id_is_known_again_whatever_an_engine_writes_around_it(shape: s
 
 def test_an_id_without_a_mark_is_taken_whole() -> None:
     assert received_id("cmpl-req-1-0-86f184e6") == in_flight_id("cmpl-req-1-0-86f184e6")
+
+
+@pytest.mark.parametrize("id_", [marked("req-1"), f"cmpl-{marked('req-1')}-0-86f184e6"])
+def test_a_marked_id_may_be_booked_by_its_mark_and_whole_and_the_mark_comes_first(id_: str) -> None:
+    assert received_ids(id_) == (in_flight_id("req-1"), in_flight_id(id_))
+
+
+def test_an_id_without_a_mark_is_one_booking() -> None:
+    assert received_ids("cmpl-req-1-0-86f184e6") == (in_flight_id("cmpl-req-1-0-86f184e6"),)
 
 
 def test_a_harmless_function_fails_once_in_the_log_and_never_in_the_engine(caplog: pytest.LogCaptureFixture) -> None:
