@@ -6,7 +6,9 @@ the last known loads. And a dispatch whose answer was lost may have booked, or m
 the fallback sent it, and where the engine acknowledged it before the booking was made, only the lease would end that.
 Such ids are owed: they are released when the aftermath is over, by when what was under way has arrived and engines have
 counted what they received. The same is owed where a release did not reach Redis, or a caller gave up waiting for its
-placement. An owed id that is placed after all is owed no more.
+placement. An owed id that is placed after all is owed no more. An id that several dispatchers place at once, or that is
+dispatched again and loses its second answer, may lose a booking that is wanted: until its engine has counted it, its
+rank then looks emptier than it is. So ids must differ between requests.
 
 Bounded: of more than `most_ids` the oldest are left to their lease. Thread-safe; the clock is an argument.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from balancer import protocol
 from balancer.aftermath import Aftermath
@@ -55,8 +55,12 @@ class Placing:
     def dispatch(self, requests: Sequence[Request], scope: Scope = ANYWHERE) -> Steps[list[Placement | NoRank]]:
         """Place requests within `scope`; the answers stand in the order given, `NoRank` where there is no rank."""
         answers: list[Placement | NoRank] = []
-        for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
-            answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], scope)
+        try:
+            for start in range(0, len(requests), MAX_REQUESTS_PER_DISPATCH):
+                answers += yield from self._dispatch_list(requests[start : start + MAX_REQUESTS_PER_DISPATCH], scope)
+        except BaseException:  # the caller never learns of the lists before
+            self.aftermath.owe(answer.request.request_id for answer in answers if _is_booked(answer))
+            raise
         return answers
 
     def learn(self, snapshot: PoolSnapshot) -> PoolSnapshot:
@@ -69,7 +73,13 @@ class Placing:
         released = 0
         for start in range(0, len(request_ids), MAX_IDS_PER_RELEASE):
             operation = protocol.release(self.pool, request_ids[start : start + MAX_IDS_PER_RELEASE])
-            count = (yield from self._released(operation)) if self.breaker.admits() else None
+            try:
+                count = (yield from self._released(operation)) if self.breaker.admits() else None
+            except Refused:
+                raise
+            except BaseException:  # the caller gave up half-way
+                self.aftermath.owe(request_ids[start:])
+                raise
             if count is None:
                 self.aftermath.owe(request_ids[start:])
                 break
@@ -204,6 +214,10 @@ class Placing:
         if self.breaker.succeeded():
             self.aftermath.begin()
             log.info("pool=%s is placed by Redis again", self.pool)
+
+
+def _is_booked(answer: Placement | NoRank) -> TypeGuard[Placement]:
+    return isinstance(answer, Placement) and answer.outcome is Outcome.PLACED
 
 
 def _line(outcome: Placement | NoRankReason) -> str:

@@ -3,7 +3,7 @@
 --
 -- Repeated on (epoch, step) it changes nothing but the lease. Overtaken by a later step, its received ids are taken and
 -- its counts are not. An engine that Redis does not know, or knows in an earlier life (Redis was emptied or restored),
--- joins by its report. First what has ended ends, as in dispatch.
+-- joins by its report. What has ended ends, as in dispatch.
 --
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     name, size, nonce, address, capacity_tokens  as in join
@@ -51,10 +51,9 @@ for i, rank in ipairs(ranks_of(engine)) do
   held[2 * i - 1], queued[2 * i - 1] = rank, rank
   held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 2 * i - 1]
 end
-enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
-index_queues(ranks_of(engine))
+enter_loads(engine, tokens)
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now
 write_engine(engine)

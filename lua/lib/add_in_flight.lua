@@ -1,5 +1,6 @@
 -- add_in_flight: tokens and requests enter the in-flight sums of some ranks (negative: they leave), and with them the
--- indices. Everything is read before anything is written: a foreign value changes nothing.
+-- indices. What may be foreign is read before anything is written, and changes nothing; what index_queues reads after it,
+-- the caller's check_types has seen.
 local function add_in_flight(tokens, count)
   local ranks = {}
   for rank in pairs(tokens) do ranks[#ranks + 1] = rank end

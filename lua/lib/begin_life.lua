@@ -6,6 +6,7 @@ local function begin_life(engine, capacity_tokens, now)
   local earlier = overlapping(engine.name)
   engine.life = call('HINCRBY', pool, 'lives', 1)
   withdraw_ordinary()
+  if call('ZCARD', queues) == 0 then call('HDEL', pool, 'queue_sums') end  -- its time is over, or nobody is left in it
   for _, other in ipairs(earlier) do remove_engine(other) end
   local last_epoch = tonumber(call('HGET', pool, 'last_epoch')) or 0
   engine.epoch = engine.epoch or math.max(now, last_epoch + 1)

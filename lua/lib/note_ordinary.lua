@@ -5,7 +5,9 @@ local function note_ordinary(now)
   local policy, lives, booking_ms, engine_ms, forget_ms =
     unpack(call('HMGET', pool, 'policy', 'lives', 'booking_lease_ms', 'engine_lease_ms', 'forget_ms'))
   local k = policy == 'minimum_tokens' and '-' or policy == 'envelope' and parameter('envelope.k', 0.25)
-  if not k or is_weighed or not tonumber(lives) or call('EXISTS', capacity) == 1 then return withdraw_ordinary() end
+  if not k or is_weighed or not tonumber(lives) or call('EXISTS', capacity) == 1 then
+    return from and withdraw_ordinary()
+  end
   if k ~= '-' then keep_queues() end
   until_ms = now + math.min(booking_ms, engine_ms, forget_ms)
   for _, key in ipairs({leases, deadlines}) do

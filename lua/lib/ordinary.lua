@@ -2,8 +2,8 @@
 -- before UNTIL (ms) nothing ends, neither a lease nor a booking; the booking lease in ms; the lives begun; the envelope's
 -- k, or - for minimum_tokens. It is there only where dispatch is ordinary: one of these policies, ranks of equal weight,
 -- none with a capacity. Whoever changes one of these withdraws it, and the next general dispatch notes it anew. No score
--- in leases or deadlines is ever below UNTIL, for what is added after FROM ends a whole lease later; a report that finds
--- the clock before FROM withdraws it.
+-- in leases or deadlines is ever below UNTIL, for what is added after FROM ends a whole lease later; a report or renewal
+-- that finds the clock before FROM withdraws it.
 local function withdraw_ordinary()
   call('HDEL', pool, 'ordinary')
 end

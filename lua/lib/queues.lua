@@ -1,7 +1,8 @@
 -- queues: an index of the eligible ranks by requests (held + in flight), of equals the fullest first, kept only where the
 -- envelope wants it. A score is requests * 10^10 - load; counts beyond LONGEST and FULLEST stand as these. The pool's field
 -- `queue_sums` is TOKENS REQUESTS RANKS FEWEST: sums over the index, and requests that no rank has fewer of; it is there
--- exactly where the index is kept. Whoever changes what a rank holds, has in flight or may be given tells index_queues.
+-- where the index is kept, and outlasts one whose time is over until the next life begins. Whoever changes what a rank
+-- holds, has in flight or may be given tells index_queues.
 local QUEUE, FULLEST, LONGEST = 1e10, 1e10 - 1, 1e5
 
 local function queue_score(load, count)

@@ -35,7 +35,9 @@ local function within_envelope(k, sums, largest)
     if not load then return end
     local _, next_load
     rank, load, _, next_load = unpack(call('ZRANGE', loads, '0', '1', 'WITHSCORES'))
-    _, waiting = queue_counts(call('ZSCORE', queues, rank))
+    local score = rank and call('ZSCORE', queues, rank)
+    if not score then return end
+    _, waiting = queue_counts(score)
     local is_least = load ~= next_load and (waiting + 1) / math.max(count, 1) <= (load + tokens) / math.max(all, 1)
     if not is_least then return end
   end

@@ -295,6 +295,27 @@ async def test_a_dispatch_that_its_caller_gave_up_leaves_no_booking(settings: Se
     assert admin.snapshot().bookings == 1
 
 
+def test_of_a_list_in_parts_the_parts_before_a_failure_are_released_too(fake: FakeRedis) -> None:
+    steps = fake.placing.dispatch([Request(f"r{number}", 1) for number in range(300)])
+    steps.send(fake.run(next(steps)))
+    with pytest.raises(asyncio.CancelledError):
+        steps.throw(asyncio.CancelledError())
+    for _ in range(2):
+        fake.now_s += AFTERMATH_S
+        fake.dispatch("later")
+    assert set(fake.released) == {in_flight_id(f"r{number}") for number in range(300)}
+
+
+def test_a_release_that_its_caller_gave_up_is_made_later(fake: FakeRedis) -> None:
+    steps = fake.placing.release(["a", "b"])
+    next(steps)
+    with pytest.raises(asyncio.CancelledError):
+        steps.throw(asyncio.CancelledError())
+    fake.now_s += AFTERMATH_S
+    fake.dispatch("later")
+    assert set(fake.released) == {in_flight_id("a"), in_flight_id("b")}
+
+
 # -- what is on its way when a connection is given up
 
 

@@ -14,6 +14,7 @@ import redis
 from balancer import Dispatcher, InvalidInput, NoRank, Placement, RankCounts, Reporter, Request, Settings
 from balancer.admin import PoolAdmin
 from balancer.cli import main
+from balancer.keys import KEY_NAMES
 from balancer.model import in_flight_id
 from balancer.policies import parameters, policies
 from balancer.pool_settings import checked_settings
@@ -99,6 +100,25 @@ def test_a_giant_is_remembered_by_all_dispatchers_and_slowly_forgotten(
         one.dispatch("giant", 100_000)
         other.dispatch("b", 10)
     assert float(client.hget("dpb:{p}:pool", "largest") or 0) == pytest.approx(99_900)
+
+
+def test_a_pool_whose_keys_have_ended_is_indexed_anew(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis
+) -> None:
+    admin.configure(policy="envelope")
+    join("gone", 4).report(1, held(*[(500, 5)] * 4))
+    for number in range(3):
+        dispatcher.dispatch(f"a{number}", 10)
+    client.delete(*(f"dpb:{{p}}:{name}" for name in KEY_NAMES if name != "pool"))
+    for number in range(3):
+        with pytest.raises(NoRank, match="no engine has joined"):
+            dispatcher.dispatch(f"b{number}", 10)
+    assert not dispatcher.is_falling_back
+    join("e", 2).report(1, held((100, 1), (200, 1)))
+    dispatcher.dispatch("c", 10)
+    dispatcher.dispatch("d", 10)
+    told = str(client.hget("dpb:{p}:pool", "queue_sums")).split()
+    assert told[:3] == ["320", "4", "2"], "tokens, requests and ranks of those that are there"
 
 
 def test_the_cost_envelope_counts_requests_as_tokens(join: Join, dispatcher: Dispatcher, admin: PoolAdmin) -> None:
@@ -350,6 +370,15 @@ def test_a_policys_header_names_its_parameters_and_no_others() -> None:
     for policy in policies().values():
         assert set(policy.meanings) == set(policy.defaults), policy.name
         assert 20 < len(policy.summary) <= 72, policy.summary
+
+
+def test_a_parameter_has_one_default() -> None:
+    told: dict[str, set[str]] = {}
+    for file in lua_directory().rglob("*.lua"):
+        for name, default in re.findall(r"parameter\('([\w.]+)', ([\d.]+)\)", file.read_text()):
+            told.setdefault(name, set()).add(default)
+    assert told.keys() >= {"envelope.k", "cost_envelope.k"}
+    assert {name: defaults for name, defaults in told.items() if len(defaults) > 1} == {}
 
 
 def test_a_policy_is_one_file_and_one_line_in_a_table() -> None:
