@@ -51,9 +51,10 @@ for i, rank in ipairs(ranks_of(engine)) do
   held[2 * i - 1], queued[2 * i - 1] = rank, rank
   held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 2 * i - 1]
 end
+enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
-enter_loads(engine, tokens)
+index_queues(ranks_of(engine))
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now
 write_engine(engine)
