@@ -22,7 +22,7 @@ from typing import Any
 from balancer import protocol
 from balancer.dispatcher import AsyncDispatcher
 from balancer.errors import BalancerError, NoRank
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, Outcome, Placement, Request
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, Outcome, Placement, Request
 from balancer.protocol import MAX_IDS_PER_RELEASE
 from balancer.serve.ending import end
 from balancer.settings import Settings
@@ -96,6 +96,9 @@ class Bookings:
         Whoever cancels the future need not release.
         """
         answer: asyncio.Future[Placement] = self._loop.create_future()
+        if not self.dispatcher.is_falling_back:  # an earlier request's end must not end this one
+            self._ended.pop(request_id, None)
+            self._ended_before.pop(request_id, None)
         self._asked.append(_Asked(Request(request_id, tokens), avoid, answer))
         self._want_flush()
         return answer
@@ -216,7 +219,8 @@ class Bookings:
                 if self.dispatcher.is_falling_back:
                     continue
                 try:
-                    await self._store.run(protocol.renew(self._pool, [(id_, opened.tokens) for id_, opened in part]))
+                    held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
+                    await self._store.run(protocol.renew(self._pool, held))
                 except BalancerError as error:
                     log.warning("pool=%s bookings not renewed: %s", self._pool, error)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from balancer.errors import NoRank, NoRankReason
 from balancer.model import Placement
 from balancer.serve.bookings import Bookings
 from balancer.serve.metrics import Metrics
-from balancer.serve.options import Engine, Options
+from balancer.serve.options import Engine, EngineKind, Options
 from balancer.serve.retries import RetryBudget
 from balancer.serve.stand_in import StandIn, avoided
 from balancer.serve.tokens import TokenCounter
@@ -45,6 +46,8 @@ class Desk:
         self._by_rank = {
             rank: (target, index) for target in self.targets for index, rank in enumerate(target.engine.ranks)
         }
+        # Only SGLang's hook knows a request by the id in its body; elsewhere two clients may send one and the same.
+        self.takes_rids = any(engine.hooked and engine.kind is EngineKind.SGLANG for engine in options.engines)
         self._strangers: tuple[str, ...] = ()
         self._seen_ranks: frozenset[str] = frozenset()
         self._turn = 0
@@ -89,6 +92,6 @@ class Desk:
         self._turn += 1
         return alive[self._turn % len(alive)]
 
-    def has_other(self, target: Target) -> bool:
-        """Whether there is another engine to try."""
-        return any(other is not target and other.stand_in.answers for other in self.targets)
+    def has_other(self, failed: Set[str]) -> bool:
+        """Whether there is another engine to try than those of these ranks."""
+        return any(target.stand_in.answers and target.engine.ranks[0] not in failed for target in self.targets)

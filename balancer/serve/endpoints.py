@@ -42,13 +42,14 @@ class Malformed(ValueError):
 @dataclass(slots=True)
 class Asked:
     """What a body tells: `ids`: prompt tokens where it carries token ids; `texts`: what else has to be counted, with
-    `extra` tokens beside; `copies`: answers wanted per prompt; `prompts`: how many; `rid`: an id of its own."""
+    `extra` tokens beside; `copies`: answers wanted per prompt; `is_list`: prompts come in a list, even of one;
+    `rid`: an id of its own."""
 
     ids: int = 0
     texts: list[str] | None = None
     extra: int = 0
     copies: int = 1
-    prompts: int = 1
+    is_list: bool = False
     stream: bool = False
     rid: str | None = None
     has_rid: bool = False
@@ -56,8 +57,8 @@ class Asked:
 
     @property
     def fans_out(self) -> bool:
-        """Whether the engine makes several requests of this one."""
-        return self.copies * self.prompts > 1
+        """Whether the engine makes requests of its own, with ids of its own, of this one."""
+        return self.is_list or self.copies > 1
 
 
 def is_placed(method: str, path: bytes) -> bool:
@@ -122,7 +123,7 @@ def _read_prompts(prompt: Any, asked: Asked) -> None:
         if isinstance(prompt[0], int):
             asked.ids += len(prompt)
             return
-        asked.prompts = len(prompt)
+        asked.is_list = True
         for one in prompt:
             if isinstance(one, str):
                 asked.texts.append(one)

@@ -32,6 +32,7 @@ log = logging.getLogger("balancer.serve")
 
 _TRY_ELSEWHERE = frozenset((502, 503))
 """What an engine that starts, stops or is broken answers, before it has done anything."""
+_REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 @dataclass(slots=True)
@@ -65,6 +66,8 @@ class Exchange:
         self._asked = Asked()
         self._counted = Counted(1, "none")
         self._placed = is_placed(request.method, request.path)
+        # Of what passes through, an upload or a deletion that an engine may have had is not sent again.
+        self._may_repeat = self._placed or request.method in _REPEATABLE
         self._opened: Open | None = None
         self._booked = False
         self._is_acknowledged = False
@@ -122,18 +125,20 @@ class Exchange:
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
                 reason = "broke_off" if error.connected else "no_connection"
-                if is_last or not desk.retries.spend():
+                if is_last or (error.connected and not self._may_repeat) or not desk.retries.spend():
                     break
                 desk.metrics.retried(reason)
                 await self._unbook()
                 continue
             if (
                 answer.status in _TRY_ELSEWHERE
+                and self._may_repeat
                 and not is_last
-                and desk.has_other(attempt.target)
+                and desk.has_other(failed.union(attempt.target.engine.ranks))
                 and desk.retries.spend()
             ):
                 desk.metrics.retried(f"status_{answer.status}")
+                why = UpstreamError(f"the engine answered {answer.status}", True)
                 failed.update(attempt.target.engine.ranks)
                 connection.give_back()
                 await self._unbook()
@@ -157,7 +162,8 @@ class Exchange:
         else:
             self._asked = read_body(request.path, request.body)
             self._counted = await counter.count_exactly(self._asked) if counter.is_exact else counter.count(self._asked)
-        self._booking_id = self._asked.rid or self._booking_id
+        if self._asked.rid and self._desk.takes_rids:
+            self._booking_id = self._asked.rid
         self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source
 
     async def _choose(self, failed: tuple[str, ...]) -> _Try:
@@ -217,15 +223,16 @@ class Exchange:
 
     async def _send(self, attempt: _Try) -> tuple[Connection, Answer]:
         """Send it, once more where a kept connection turns out to be closed; raises `UpstreamError`."""
-        data, request = self._bytes_for(attempt), self._request
+        data, request, fresh = self._bytes_for(attempt), self._request, not self._may_repeat
         while True:
-            connection, is_reused = await attempt.target.pool.acquire()
+            connection, is_reused = await attempt.target.pool.acquire(fresh)
             try:
                 answer = await connection.send(data, request.method == "HEAD", self._desk.options.first_byte_s)
             except UpstreamError as error:
                 connection.give_back()
-                if not is_reused or error.is_late:
+                if not is_reused or error.is_late or connection.has_more:
                     raise
+                fresh = True
             except BaseException:
                 connection.give_back()
                 raise

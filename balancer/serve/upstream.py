@@ -289,10 +289,10 @@ class Pool:
         self._tls = tls
         self._idle: deque[Connection] = deque()
 
-    async def acquire(self) -> tuple[Connection, bool]:
+    async def acquire(self, fresh: bool = False) -> tuple[Connection, bool]:
         """A connection, and whether it has served before (then the engine may be about to close it)."""
         now = time.monotonic()
-        while self._idle:
+        while self._idle and not fresh:
             connection = self._idle.pop()
             if connection.transport.is_closing():
                 continue

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from balancer import NoRank, Outcome, PoolAdmin, RankCounts, Reporter, Settings
+from balancer.model import MAX_TOKENS
 from balancer.serve.bookings import Bookings
 from tests.unit.serve_cast import until
 
@@ -103,6 +104,30 @@ async def test_an_open_request_keeps_its_booking_and_its_tokens_grow(
         await until(lambda: sums() == (0, 0), "its end is its release")
     finally:
         await bookings.stop()
+
+
+async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_being_renewed(
+    join: Join, bookings: Bookings, admin: PoolAdmin
+) -> None:
+    join("e", 2)
+    for request_id, tokens in (("huge", 2 * MAX_TOKENS), ("other", 300)):
+        opened = bookings.watch(await bookings.place(request_id, 10), is_counted=True)
+        assert opened is not None
+        opened.tokens = tokens
+    await until(
+        lambda: {rank.load_tokens for rank in admin.snapshot().ranks} == {MAX_TOKENS, 300}, "both have been renewed"
+    )
+
+
+async def test_an_end_that_waits_does_not_end_the_same_id_placed_again(
+    join: Join, bookings: Bookings, client: redis.Redis
+) -> None:
+    join("e", 1)
+    await bookings.place("same", 10)
+    bookings.end("same", is_urgent=False)
+    await bookings.place("same", 10)
+    await asyncio.sleep(0.5)
+    assert booked(client) == 1
 
 
 async def test_releases_wait_out_an_absent_redis(join: Join, settings: Settings, client: redis.Redis) -> None:

@@ -74,6 +74,8 @@ def test_what_fans_out_in_the_engine_is_known() -> None:
     assert not asked_by(COMPLETIONS, prompt="a").fans_out
     assert asked_by(COMPLETIONS, prompt="a", n=2).fans_out
     assert asked_by(COMPLETIONS, prompt=["a", "b"]).fans_out
+    assert asked_by(COMPLETIONS, prompt=["a"]).fans_out
+    assert asked_by(GENERATE, input_ids=[[1, 2]]).fans_out
     assert not asked_by(COMPLETIONS, prompt=[1, 2]).fans_out
 
 

@@ -156,8 +156,8 @@ async def test_what_the_hook_cannot_know_by_our_id_is_released_at_the_answers_fi
 
 async def test_two_clients_with_one_id_have_two_bookings(settings: Settings, client: redis.Redis) -> None:
     async with mock_engine(token_s=0.05) as (_, at), replica(settings, word(at, ",kind=sglang,dp=2")) as (_, port):
-        header = "X-Request-Id: same\r\n"
-        both = [asyncio.create_task(ask(port, CHAT, {**STREAM, "max_tokens": 10}, headers=header)) for _ in range(2)]
+        header, fields = "X-Request-Id: same\r\n", {**STREAM, "max_tokens": 10, "rid": "same"}
+        both = [asyncio.create_task(ask(port, CHAT, fields, headers=header)) for _ in range(2)]
         await until(lambda: in_flight(client) == 2, "both are booked")
         assert [(await one).headers["x-request-id"] for one in both] == ["same", "same"]
 
@@ -250,6 +250,9 @@ async def test_an_engine_that_is_not_ready_is_passed_over_and_its_word_stands_wh
         async with replica(settings, word(busy)) as (_, port):
             answer = await ask(port, COMPLETIONS, {"prompt": "hi"})
             assert (answer.status, answer.body, answer.headers["x-engine"]) == (503, b"busy", "busy")
+        async with scripted(refusal) as second, replica(settings, word(busy), word(second)) as (_, port):
+            answer = await ask(port, COMPLETIONS, {"prompt": "hi"})
+            assert (answer.status, answer.body) == (503, b"busy"), "the last one's word, where all say it"
 
 
 async def test_with_no_engine_left_the_error_has_openais_shape(settings: Settings) -> None:

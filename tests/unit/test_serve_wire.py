@@ -68,6 +68,7 @@ def test_what_fans_out_in_sglang_is_given_no_id_that_it_would_throw_away() -> No
         (SGLANG, CHAT, b'{"messages":[],"rid":"mine"}', True),
         (SGLANG, CHAT, b'{"messages":[],"rid":null}', False),
         (SGLANG, CHAT, b'{"messages":[],"n":2}', False),
+        (SGLANG, b"/v1/completions", b'{"prompt":["a"]}', False),
         (SGLANG, b"/v1/messages", b'{"messages":[]}', False),
         (VLLM, CHAT, b'{"messages":[],"n":2}', True),
         (VLLM, RESPONSES, b'{"input":"a"}', True),

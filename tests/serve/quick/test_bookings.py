@@ -189,10 +189,11 @@ def test_a_replica_told_to_stop_finishes_its_streams_and_takes_no_more(
 
 
 def test_an_id_that_ends_and_comes_again_at_once_stays_nowhere(
-    engines: Engines, serve: Serve, nothing_booked: Wait
+    engines: Engines, serve: Serve, join: Join, nothing_booked: Wait
 ) -> None:
     """Clients that retry with an id of their own and leave again: the second end must not get lost behind the first."""
-    replica = serve(f"{engines(pace_s=0.001).url},kind=sglang")
+    join("e0", 1)
+    replica = serve(f"{engines(pace_s=0.001).url},kind=sglang,hook=e0")
     body = b'{"messages": [], "stream": true, "rid": "the-same", "max_tokens": 50}'
     for number in range(600):
         with replica.raw(post(body)) as raw:

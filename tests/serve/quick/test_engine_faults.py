@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -236,3 +237,42 @@ def test_a_request_on_which_engines_choke_does_not_take_them_from_the_others(
         assert replica.chat(poison=True)[0] in (502, 503)
         assert replica.chat()[0] == 200
     nothing_booked()
+
+
+def test_a_request_that_engines_drop_is_sent_once_more_however_many_connections_are_kept(
+    engines: Engines, serve: Serve, nothing_booked: Wait
+) -> None:
+    engine = engines(pace_s=0.02)
+    completes = engine.script
+
+    async def chokes(exchange: Exchange) -> None:
+        await (dies if exchange.json.get("poison") else completes)(exchange)
+
+    engine.script = chokes
+    replica = serve(engine.url)
+    with ThreadPoolExecutor(8) as threads:
+        jobs = [threads.submit(replica.chat, stream=True) for _ in range(8)]
+        assert {job.result()[0] for job in jobs} == {200}
+    before = len(engine.seen)
+    assert replica.chat(poison=True)[0] == 502
+    assert len(engine.seen) - before <= 2
+    nothing_booked()
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_what_passes_through_and_may_have_been_done_is_not_done_again(
+    method: str, engines: Engines, serve: Serve
+) -> None:
+    async def not_now(exchange: Exchange) -> None:
+        await exchange.respond(503, {})
+
+    cast = [engines(dies), engines(dies)]
+    replica = serve(*(engine.url for engine in cast))
+    assert replica.request(method, "/v1/files/a")[0] == 502
+    assert sum(len(engine.seen) for engine in cast) == 1
+    for engine in cast:
+        engine.script = not_now
+    assert replica.request(method, "/v1/files/a")[0] == 503
+    assert sum(len(engine.seen) for engine in cast) == 2
+    assert replica.request("GET", "/v1/files/a")[0] == 503
+    assert sum(len(engine.seen) for engine in cast) > 3
