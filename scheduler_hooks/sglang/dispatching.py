@@ -27,6 +27,7 @@ BUDGET_MS = 5
 """How long one dispatch may hold the controller, where DP_BALANCER_BUDGET_MS says nothing."""
 
 _FORCED = "SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK"
+_TRUE = ("true", "1", "yes", "y")  # SGLang's EnvBool
 
 
 class Dispatching:
@@ -39,6 +40,7 @@ class Dispatching:
         self._dispatcher: Dispatcher | None = None
         self._engine = ""
         self._is_refused = False
+        self._is_batch = False
 
     def ready(self, result: Any, controller: Any) -> None:
         """AFTER the controller has its dispatch table: connect, so that the first request does not wait for it."""
@@ -46,13 +48,18 @@ class Dispatching:
 
     def one(self, original: Callable[..., Any], controller: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         """AROUND the dispatch of one request."""
-        self._place(controller, (request,))
+        if not self._is_batch:
+            self._place(controller, (request,))
         return original(controller, request, *args, **kwargs)
 
     def batch(self, original: Callable[..., Any], controller: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """AROUND the dispatch of a batch: all its requests by one EVAL; `one` then finds them placed."""
+        """AROUND the dispatch of a batch: all its requests by one EVAL; `one`, called for each in it, asks no more."""
         self._place(controller, batch)
-        return original(controller, batch, *args, **kwargs)
+        self._is_batch = True
+        try:
+            return original(controller, batch, *args, **kwargs)
+        finally:
+            self._is_batch = False
 
     def _place_all(self, controller: Any, batch: Any) -> None:
         requests = [request for request in batch if request.routed_dp_rank is None and is_users(request)]
@@ -75,17 +82,17 @@ class Dispatching:
     def _attach(self, controller: Any) -> Dispatcher | None:
         if self._dispatcher is not None or self._is_refused:
             return self._dispatcher
+        self._is_refused = True  # until it is attached: what fails once is not tried with every request
         if refusal := _refusal(controller):
-            self._is_refused = True
             log.error("dp-balancer does not place the requests of this server: %s", refusal)
             return None
         if getattr(controller.server_args, "node_rank", 0):
-            self._is_refused = True  # requests come in at the first node
-            return None
+            return None  # requests come in at the first node
         settings = self._plugin.settings
         self._engine = engine_name(self._plugin, controller.server_args)
         budget_ms = settings.budget_ms if os.environ.get("DP_BALANCER_BUDGET_MS") else BUDGET_MS
         self._dispatcher = Dispatcher(replace(settings, budget_ms=budget_ms, tries=1))
+        self._is_refused = False
         self._warm_up(self._dispatcher)
         log.info(
             "dp-balancer places the requests of engine %s by pool %s, within %d ms, else SGLang's %s does",
@@ -122,7 +129,7 @@ def _refusal(controller: Any) -> str:
     if absent := not_applied(CONTROLLER_TARGETS):
         return f"SGLang has not hooked {', '.join(absent)}"
     method = getattr(getattr(controller, "load_balance_method", None), "name", "")
-    if method == "FOLLOW_BOOTSTRAP_ROOM" and os.environ.get(_FORCED, "").lower() not in ("1", "true"):
+    if method == "FOLLOW_BOOTSTRAP_ROOM" and os.environ.get(_FORCED, "").lower() not in _TRUE:
         return (
             "with --load-balance-method follow_bootstrap_room decode servers expect the rank that follows from a "
             "request's bootstrap room, and any other fails it; start it with --load-balance-method total_tokens "

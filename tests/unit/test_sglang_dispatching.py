@@ -105,6 +105,35 @@ def test_a_batch_costs_one_eval_and_its_requests_are_not_asked_for_again(
     assert len(server.controller.sent) == 101
 
 
+def test_a_batch_without_a_rank_costs_one_eval_too(settings: Settings, client: redis.Redis) -> None:
+    server = Server(settings, Controller())
+    server.dispatch(*requests(1, prefix="first"))  # connects; nobody has joined
+    before = dispatches(client)
+    server.dispatch_batch(*requests(100))
+    assert dispatches(client) == before + 1
+    server.dispatch(*requests(1, prefix="last"))
+    assert dispatches(client) == before + 2
+    assert len(server.controller.sent) == 102
+
+
+def test_a_dispatcher_that_cannot_be_built_is_tried_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def broken(settings: Settings) -> None:
+        tries.append(settings)
+        raise OSError("no such certificate")
+
+    monkeypatch.setattr(dispatching, "Dispatcher", broken)
+    server = Server(settings, Controller())
+    server.hooks.ready(None, server.controller)
+    server.dispatch(*requests(8))
+    assert len(tries) == 1
+    assert len(server.controller.sent) == 8
+    assert "no such certificate" in caplog.text
+
+
 def test_a_rank_that_sglang_holds_inactive_is_never_chosen(settings: Settings, join: Join) -> None:
     join("e", 4)
     server = Server(settings, Controller(status=[True, False, True, False]))
@@ -203,6 +232,16 @@ def test_follow_bootstrap_room_is_refused_with_the_flag_to_set(
     assert dispatcher.snapshot().bookings == 0
     (said,) = caplog.messages
     assert "--load-balance-method total_tokens" in said
+
+
+@pytest.mark.parametrize("value", ["1", "True", "yes", "y"])
+def test_follow_bootstrap_room_is_placed_where_sglang_is_told_to_ask_for_the_rank(
+    settings: Settings, join: Join, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    join("e", 4)
+    monkeypatch.setenv("SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK", value)
+    Server(settings, Controller(method="FOLLOW_BOOTSTRAP_ROOM")).dispatch(*requests(4))
+    assert dispatcher.snapshot().bookings == 4
 
 
 def test_a_controller_of_a_later_node_does_not_dispatch(settings: Settings, join: Join) -> None:
