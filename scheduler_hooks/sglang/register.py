@@ -33,9 +33,9 @@ def _register() -> None:
         return log.error("dp-balancer is off: %s", error)
     if plugin is None:
         return None
-    version = metadata.version("sglang")
+    version = _version()
     number = _numbers(version)
-    if number < targets.OLDEST:
+    if (0, 0, 0) < number < targets.OLDEST and "dev" not in version:
         return log.error("dp-balancer is off: it needs SGLang %s or newer, not %s", _dotted(targets.OLDEST), version)
     absent = targets.missing(targets.TARGETS)
     if absent:
@@ -71,6 +71,14 @@ def _hook(target: Target, function: object) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(target.path, function, HookType[target.kind.upper()])
+
+
+def _version() -> str:
+    """SGLang's; a build without tags says 0.0.0.dev0 or 0.1.dev7, and a fork may have another distribution's name."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

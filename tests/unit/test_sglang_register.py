@@ -100,6 +100,25 @@ def test_an_older_release_is_refused_by_number(
     assert "needs SGLang 0.5.13 or newer, not 0.5.12.post1" in caplog.text
 
 
+@pytest.mark.parametrize("version", ["0.0.0.dev0", "0.0.0", "0.1.dev7+g12ab", None])
+def test_a_build_without_a_number_is_judged_by_what_it_has(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None
+) -> None:
+    def told(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", told)
+    register()
+    assert registry.hooked
+    registry.hooked.clear()
+    monkeypatch.setattr(targets, "missing", lambda wanted: ["that method"])
+    register()
+    assert not registry.hooked
+    assert f"SGLang {version or 'of unknown version'} has no that method" in caplog.text
+
+
 def test_a_newer_release_is_tried_with_a_warning(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
