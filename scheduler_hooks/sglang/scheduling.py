@@ -19,7 +19,8 @@ import logging
 import time
 from typing import Any
 
-from balancer.marker import received_id
+from balancer.marker import received_ids
+from scheduler_hooks.intake import MAX_WAITING_IDS
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
 from scheduler_hooks.sglang.agreement import Agreement
@@ -36,6 +37,9 @@ IDLE_REPORT_S = 0.05
 IDLE_SYNCS = 32
 """While no rank has anything to compute, each so many-th exchange is followed by a gather; these spin too."""
 
+UNREADABLE_S = 10.0
+"""A rank whose counts cannot be read for so long reports no more: its last ones would draw requests for ever."""
+
 AUTO = "leader"
 """The form where DP_BALANCER_FORM does not say; README, "SGLang", has the measurements behind it."""
 
@@ -49,8 +53,8 @@ class Scheduling:
         self._scheduler: Any = None
         self._counting: Counting | None = None
         self._rank: int | None = None
-        self._received: dict[int, int] = {}
-        self._compiling: dict[str, int] = {}
+        self._received: dict[str, int] = {}  # tokens by the engine's id
+        self._compiling: set[str] = set()
         self._hook: StepHook | None = None
         self._is_gathering = False
         self._is_settled = False
@@ -60,6 +64,7 @@ class Scheduling:
         self._last_look = float("-inf")
         self._last_counts = (-1, -1)
         self._repeats = 0
+        self._unreadable_since: float | None = None
         self.received = harmless(self._trouble, "taking note of received requests")(self._on_received)
         self.stepped = harmless(self._trouble, "reporting a step")(self._on_step)
         self.synced = harmless(self._trouble, "gathering")(self._on_sync)
@@ -71,19 +76,21 @@ class Scheduling:
         """AFTER the scheduler has put a round's requests into its queue."""
         if self._scheduler is None:
             self._attach(scheduler)
-        if self._rank is None or not messages:
+        if self._counting is None or (self._is_settled and self._hook is None):
             return
-        requests = tokenized(messages)
-        self._received.update((received_id(request.rid), tokens_of(request)) for request in requests)
-        if self._counting and (compiling := self._counting.waiting_for_grammar()):
-            self._compiling.update((r.rid, tokens_of(r)) for r in requests if r.rid in compiling)
+        if messages:
+            self._received.update((request.rid, tokens_of(request)) for request in tokenized(messages))
+            while len(self._received) > MAX_WAITING_IDS:  # the oldest are left to their lease
+                del self._received[next(iter(self._received))]
+        if self._hook and getattr(scheduler, "_engine_paused", False):
+            self._on_idle(scheduler)  # SGLang's loop comes no further
 
     def _on_step(self, result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         """AFTER a step's results are in."""
         if not self._is_settled and self._agreement is None:
             self._lead("this SGLang's ranks do not exchange anything before a step")
         if self._hook and not self._is_gathering:
-            self._report(self._hook)
+            self._report_alone(self._hook)
 
     def _on_idle(self, scheduler: Any) -> None:
         """BEFORE the scheduler's idle housekeeping, which spins or sleeps: what ended or came without a step."""
@@ -92,9 +99,9 @@ class Scheduling:
         if self._hook is None or self._is_gathering:
             return
         now = time.monotonic()
-        if self._received or now - self._last_look >= IDLE_REPORT_S:
+        if len(self._received) > len(self._compiling) or now - self._last_look >= IDLE_REPORT_S:
             self._last_look = now
-            self._report(self._hook, is_idle=True)
+            self._report_alone(self._hook, is_idle=True)
 
     def _on_sync(self, result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
         """AFTER SGLang's own exchange. From here on nothing may depend on what only this process knows."""
@@ -119,28 +126,35 @@ class Scheduling:
 
     # -- what they do
 
+    def _report_alone(self, hook: StepHook, is_idle: bool = False) -> None:
+        try:
+            self._report(hook, is_idle)
+            self._unreadable_since = None
+        except Exception:
+            now = time.monotonic()
+            if self._unreadable_since is None:
+                self._unreadable_since = now
+            if now - self._unreadable_since >= UNREADABLE_S and hook.publisher:
+                hook.publisher.silence()
+                self._hook = None
+                self._received.clear()
+                log.error("dp-balancer reports %s/%s no more: its counts cannot be read", self._engine, self._rank)
+            raise
+
     def _report(self, hook: StepHook, is_idle: bool = False) -> None:
-        if self._rank is None or self._counting is None:
+        if self._counting is None:  # it leads no rank, and brings its row
             return hook.after_step(0, 0, {})
         tokens, requests = self._counting.held()
-        received = self._ready()
-        is_news = bool(received) or (tokens, requests) != self._last_counts
+        self._compiling = self._received.keys() & self._counting.waiting_for_grammar()
+        ready = {rid: count for rid, count in self._received.items() if rid not in self._compiling}
+        is_news = bool(ready) or (tokens, requests) != self._last_counts
         self._repeats = 0 if is_news else self._repeats + 1
         if is_idle and self._repeats >= self._plugin.every:  # so often that one of them has been passed on
             return None
-        self._received = {id_: count for id_, count in self._received.items() if id_ not in received}
+        self._received = {rid: self._received[rid] for rid in self._compiling}  # their tokens are in no count yet
         self._last_counts = (tokens, requests)
+        received = {id_: 0 if at else count for rid, count in ready.items() for at, id_ in enumerate(received_ids(rid))}
         return hook.after_step(tokens, requests, received)
-
-    def _ready(self) -> dict[int, int]:
-        """Received requests whose tokens are in the counts: all but those whose grammar is being compiled."""
-        if not self._compiling:
-            return self._received
-        assert self._counting is not None
-        still = self._counting.waiting_for_grammar()
-        self._compiling = {rid: count for rid, count in self._compiling.items() if rid in still}
-        waiting = {received_id(rid) for rid in self._compiling}
-        return {id_: count for id_, count in self._received.items() if id_ not in waiting}
 
     def _attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -149,9 +163,10 @@ class Scheduling:
             return log.error("dp-balancer reports nothing: SGLang has not hooked %s", ", ".join(absent))
         self._rank = led_rank(scheduler)
         self._idle_cadence = 1 if getattr(scheduler.server_args, "sleep_on_idle", False) else IDLE_SYNCS
+        self._is_settled = self._form != "gather"
         if self._rank is not None:
             self._counting = Counting(scheduler)
-        if self._form != "gather":
+        if self._is_settled:
             self._lead()
         return None
 
@@ -169,9 +184,10 @@ class Scheduling:
         if given.get("use_all_reduce") or members != everybody:
             return self._lead("its ranks exchange over another group than this engine's tensor parallel one")
         if self._agreement is None:
+            can_count = self._rank is None or self._counting is not None
             plan = f"{self._engine}/{size}/{self._plugin.every}/{IDLE_SYNCS}/{self._idle_cadence}"
             self._agreement = Agreement(plan, members, gather.everybodys_store())
-            return self._agreement.speak()
+            return self._agreement.speak() if can_count else None
         if not self._agreement.is_reached():
             return self._lead("not every process of it has this plugin, with the same settings")
         self._hook = StepHook.gathering(
@@ -192,7 +208,7 @@ class Scheduling:
         self._is_settled = True
         if why_not_gather and self._rank is not None:
             log.warning("dp-balancer does not gather engine %s: %s", self._engine, why_not_gather)
-        if self._rank is None:
+        if self._rank is None or self._counting is None:
             return
         self._hook = StepHook.leading(
             self._plugin.settings,

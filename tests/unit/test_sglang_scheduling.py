@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from balancer import Dispatcher, Request, Settings
+from balancer import Dispatcher, Request, Settings, in_flight_id
 from balancer.marker import marked
 from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.sglang import scheduling
@@ -193,6 +193,44 @@ def test_an_id_that_carries_a_mark_is_known_by_it(rank: Rank, dispatcher: Dispat
     eventually(lambda: shows(dispatcher, holding=20, in_flight=0), "its booking has ended")
 
 
+def test_a_marked_id_ends_both_its_bookings_and_its_tokens_are_told_once(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines_id = f"cmpl-{marked('mine')}-0"
+    dispatcher.dispatch("mine", 20)  # by a dispatcher outside
+    dispatcher.dispatch(engines_id, 20)  # by SGLang's controller
+    assert rank.hooks._hook
+    told, after_step = [], rank.hooks._hook.after_step
+    monkeypatch.setattr(rank.hooks._hook, "after_step", lambda *step: (told.append(step), after_step(*step)))
+    rank.step(request(engines_id, 20))
+    assert told == [(20, 1, {in_flight_id("mine"): 20, in_flight_id(engines_id): 0})]
+    eventually(lambda: shows(dispatcher, holding=20, in_flight=0), "both bookings have ended")
+
+
+def test_what_a_paused_engine_receives_is_told(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
+    rank.scheduler._engine_paused = True  # its loop only receives
+    dispatcher.dispatch("r", 40)
+    rank.receive(request("r", 40))
+    eventually(lambda: shows(dispatcher, holding=40, in_flight=0), "it is queued")
+    rank.scheduler.waiting.clear()
+    rank.receive()
+    eventually(lambda: shows(dispatcher, holding=0, in_flight=0, requests=0), "it is aborted")
+
+
+def test_an_idle_rank_that_compiles_a_grammar_is_not_looked_at_all_the_time(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "IDLE_REPORT_S", 60.0)
+    looks, loads = [], rank.scheduler.load_inquirer.get_loads
+    rank.scheduler.load_inquirer.get_loads = lambda: (looks.append(1), loads())[1]
+    compiling = request("json", 70)
+    rank.scheduler.grammar_manager.grammar_queue.append(compiling)
+    rank.loop(compiling, queue=False)
+    for _ in range(100):
+        rank.loop()
+    assert len(looks) == 1
+
+
 def test_an_embedding_request_is_acknowledged_like_any_other(
     rank: Rank, dispatcher: Dispatcher, eventually: Eventually
 ) -> None:
@@ -218,6 +256,44 @@ def test_a_scheduler_that_cannot_be_read_goes_on_and_it_is_said_once(
             rank.step(request("r", 10))
     assert len(caplog.messages) == 1
     assert "the engine goes on without" in caplog.messages[0]
+
+
+def test_a_rank_that_cannot_be_read_for_long_is_reported_no_more(
+    rank: Rank, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "UNREADABLE_S", 0.0)
+    assert rank.hooks._hook
+    publisher: Any = rank.hooks._hook.publisher
+    rank.scheduler.load_inquirer = None
+    for number in range(10):
+        rank.step(request(f"r{number}", 10))
+    assert publisher._is_silent
+    assert not rank.hooks._received
+    assert "reports e/0 no more" in caplog.text
+    publisher.close()
+
+
+@pytest.mark.parametrize("broken", ["Counting", "StepHook"])
+def test_a_rank_that_cannot_be_attached_is_not_reported_empty_and_keeps_no_ids(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scheduling, broken, None)
+    rank = Rank(settings)
+    for number in range(10):
+        rank.step(request(f"r{number}", 10))
+        rank.loop()
+    assert rank.hooks._hook is None
+    assert not rank.hooks._received
+    assert len(caplog.messages) == 1
+
+
+def test_ids_that_no_report_takes_are_bounded(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "MAX_WAITING_IDS", 10)
+    hooks = Scheduling(PluginSettings(settings, engine="e", form="gather"))
+    scheduler = Scheduler()
+    for number in range(25):
+        hooks.received(None, scheduler, [request(f"r{number}", 1)])
+    assert list(hooks._received) == [f"r{number}" for number in range(15, 25)]
 
 
 def test_an_idle_rank_reports_nothing_new(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
@@ -272,3 +348,24 @@ def test_with_pipeline_parallelism_the_gather_is_off_and_it_is_said(
     eventually(lambda: len(_ranks(dispatcher)) == 1, "it reports alone")
     assert hooks._hook
     hooks._hook.close()
+
+
+def test_a_rank_that_cannot_count_agrees_to_no_gather(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = pytest.importorskip("scheduler_hooks.gather")
+    spoken = {"dp_balancer": 0}
+
+    def add(key: str, count: int) -> int:
+        spoken["dp_balancer"] += count
+        return spoken["dp_balancer"]
+
+    monkeypatch.setattr(gather, "sizes", lambda group: (2, 2))
+    monkeypatch.setattr(gather, "everybodys_store", lambda: SimpleNamespace(add=add))
+    info = SimpleNamespace(global_num_tokens=[0, 0], num_dp_ranks=2)
+    monkeypatch.setattr(scheduling, "Counting", None)
+    hooks = Scheduling(PluginSettings(settings, engine="e", form="gather"))
+    hooks.received(None, Scheduler(), [])
+    for _ in range(2):
+        hooks.synced(None, info, device="cpu", group=None)
+    assert spoken == {"dp_balancer": 0}
+    assert hooks._is_settled
+    assert hooks._hook is None

@@ -87,7 +87,8 @@ def test_the_controller_says_which_ranks_are_active(release: str) -> None:
 
 def test_a_scheduler_has_what_is_read_of_it(release: str) -> None:
     text = source(release, "managers/scheduler.py")
-    for name in ("load_snapshot_writer", "load_inquirer", "tp_cpu_group", "req_to_token_pool", "chunked_req"):
+    names = ("load_snapshot_writer", "load_inquirer", "tp_cpu_group", "req_to_token_pool", "chunked_req")
+    for name in (*names, "_engine_paused"):
         assert f"self.{name}" in text, name
     assert "self.grammar_manager.grammar_queue" in text
     assert "def available_size" in source(release, "mem_cache/memory_pool.py")
