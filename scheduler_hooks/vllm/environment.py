@@ -42,7 +42,9 @@ def agree_on_engine(environment: MutableMapping[str, str], arguments: Sequence[s
     The first process that asks (the parent of API servers and EngineCores) writes it into its environment, which its
     children inherit. Nodes of one deployment share no environment: there DP_BALANCER_ENGINE is to be set on each.
     """
-    return environment.setdefault("DP_BALANCER_ENGINE", default_engine(arguments))
+    if not environment.get("DP_BALANCER_ENGINE"):  # set but empty is not set, as everywhere
+        environment["DP_BALANCER_ENGINE"] = default_engine(arguments)
+    return environment["DP_BALANCER_ENGINE"]
 
 
 def wants_capacity(environment: Mapping[str, str]) -> bool:
