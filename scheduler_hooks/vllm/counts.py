@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Protocol
 
-from balancer import in_flight_id
-from balancer.marker import received_id
+from balancer.marker import received_ids
 from scheduler_hooks.once import Once
 from scheduler_hooks.step_hook import StepHook
 
@@ -49,17 +48,14 @@ class HeldRequest(Protocol):
         ...
 
 
-def in_flight_ids_of(request: HeldRequest) -> set[int]:
-    """The in-flight ids under which dispatchers booked this request.
-
-    Outside dispatchers book the id in their mark, the one inside books the engine's own id, mark or not.
-    """
+def in_flight_ids_of(request: HeldRequest) -> tuple[int, ...]:
+    """The in-flight ids under which dispatchers may have booked this request; see `received_ids`."""
     extra = getattr(request.sampling_params, "extra_args", None)
     mark = extra.get(MARK_IN_EXTRA_ARGS) if extra else None
-    return {
-        received_id(mark if isinstance(mark, str) else request.request_id),
-        in_flight_id(request.request_id),
-    }
+    own = received_ids(request.request_id)
+    if not isinstance(mark, str):
+        return own
+    return tuple(dict.fromkeys((received_ids(mark)[0], own[-1])))
 
 
 class Counts:
@@ -81,8 +77,10 @@ class Counts:
             tokens = request.num_tokens
             self.held_tokens += tokens
             self.requests += 1
-            for id_ in in_flight_ids_of(request):
-                self._received.setdefault(id_, tokens)
+            first, *others = in_flight_ids_of(request)
+            self._received.setdefault(first, tokens)
+            for other in others:  # the same request, whose tokens count once
+                self._received.setdefault(other, 0)
 
     def generated(self, outputs: Iterable[Any]) -> None:
         """A step's `EngineCoreOutputs`: every request that grew in it has one, with the tokens that it grew by."""
