@@ -15,10 +15,16 @@ from typing import Any
 
 from balancer import AsyncDispatcher, BalancerError, Outcome, Placement, Settings
 from scheduler_hooks.once import Once
+from scheduler_hooks.plugin import harmless
+from scheduler_hooks.vllm.registering import registration
 
 log = logging.getLogger("scheduler_hooks.vllm")
 
 Send = Callable[[Any, Any], Awaitable[None]]
+Begin = Callable[[], "InsideDispatcher"]
+
+_OURS = "_dp_balancer"
+"""A client's attribute: its dispatcher, or None where that could not begin."""
 
 
 class InsideDispatcher:
@@ -55,6 +61,11 @@ class InsideDispatcher:
     def release(self, request_id: str) -> None:
         """End a booking, without waiting for it."""
         self._spawn(self._dispatcher.release(request_id))
+
+    def give_back(self, request_id: str) -> None:
+        """End a booking on a rank that has gone while the pool was asked; vLLM is to choose."""
+        self.release(request_id)
+        self._leave_to_vllm("rank gone", "pool %s chose a rank that this server no longer has", self._pool)
 
     async def aclose(self) -> None:
         """Wait for what runs in the background, and close the connections."""
@@ -101,15 +112,26 @@ def prompt_tokens(request: Any) -> int:
 
 def is_ours_to_place(client: Any, request: Any) -> bool:
     """Whether the pool may choose: not for pooling, nor a session's next input, nor where the caller has chosen."""
+    is_in_session = request.resumable or request.request_id in getattr(client, "streaming_reqs", ())
     return (
         request.data_parallel_rank is None
         and request.pooling_params is None
-        and not request.resumable
+        and not is_in_session
         and request.request_id not in client.reqs_in_flight
     )
 
 
-def dispatching(send: Send, begin: Callable[[], InsideDispatcher]) -> Send:
+def dispatcher_of(client: Any, begin: Begin) -> InsideDispatcher | None:
+    """The client's dispatcher, begun once; None for ever where that failed. Raises what `begin` raised, once."""
+    own = client.__dict__
+    if _OURS not in own:
+        own[_OURS] = None
+        own[_OURS] = begin()
+    found: InsideDispatcher | None = own[_OURS]
+    return found
+
+
+def dispatching(send: Send, begin: Begin) -> Send:
     """`DPLBAsyncMPClient.add_request_async` with the pool's choice before it.
 
     `begin` makes a client's dispatcher, at its first request: that is when its event loop runs.
@@ -117,23 +139,36 @@ def dispatching(send: Send, begin: Callable[[], InsideDispatcher]) -> Send:
     trouble = Once(log)
 
     async def add_request_async(client: Any, request: Any) -> None:
+        registered, id_ = registration(), request.request_id
+        is_registered = registered.has(id_)
+        if registered.is_aborted and not is_registered:
+            return None  # with its sibling, while the pool was asked for that one
         dispatcher: InsideDispatcher | None = None
         position: int | None = None
         try:
-            if is_ours_to_place(client, request):
-                dispatcher = client.__dict__.get("_dp_balancer") or client.__dict__.setdefault("_dp_balancer", begin())
-                position = await dispatcher.place(
-                    request.request_id, prompt_tokens(request), client.engine_ranks_managed
-                )
+            if is_ours_to_place(client, request) and (dispatcher := dispatcher_of(client, begin)):
+                position = await dispatcher.place(id_, prompt_tokens(request), client.engine_ranks_managed)
+                if position is not None and position >= len(client.core_engines):
+                    dispatcher.give_back(id_)
+                    position = None
         except Exception as error:
             trouble.note("dispatch", "a dispatch failed, vLLM's own balancer decides: %r", error, level=logging.ERROR)
+        except BaseException:
+            if is_registered:
+                harmless(trouble, "forgetting a request")(registered.forget)(id_)
+            raise
+        if is_registered and not registered.has(id_):
+            registered.is_aborted = True
+            if dispatcher is not None and position is not None:
+                dispatcher.release(id_)
+            return None
         if dispatcher is None or position is None:
             return await send(client, request)
         request.data_parallel_rank = position
         try:
             return await send(client, request)
         except BaseException:  # cancelled, too: it may never have left
-            dispatcher.release(request.request_id)
+            dispatcher.release(id_)
             raise
 
     return add_request_async

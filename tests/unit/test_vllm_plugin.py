@@ -13,10 +13,12 @@ import pytest
 
 from balancer import InvalidInput, RankCounts, Reporter, Settings, in_flight_id
 from balancer.marker import marked
+from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.vllm.counts import Counts
 from scheduler_hooks.vllm.dispatching import InsideDispatcher, dispatching
 from scheduler_hooks.vllm.environment import agree_on_engine, default_engine, log_as_vllm, wants_capacity
-from scheduler_hooks.vllm.scheduler import reporting
+from scheduler_hooks.vllm.registering import registering
+from scheduler_hooks.vllm.scheduler import Reporting, reporting
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,13 @@ def test_children_inherit_the_name_that_their_parent_gave() -> None:
     environment: dict[str, str] = {}
     name = agree_on_engine(environment, ["vllm", "serve", "m", "--port", "8123"])
     assert agree_on_engine(environment, ["-c", "from multiprocessing.spawn import spawn_main"]) == name
+
+
+def test_a_name_that_is_set_but_empty_is_not_set() -> None:
+    environment = {"DP_BALANCER_ENGINE": ""}
+    name = agree_on_engine(environment, ["vllm", "serve", "m", "--port", "8123"])
+    assert name.endswith("-8123")
+    assert environment["DP_BALANCER_ENGINE"] == name
 
 
 def test_a_rank_has_no_capacity_unless_asked_for() -> None:
@@ -127,7 +136,7 @@ def test_a_marked_request_ends_the_bookings_of_dispatchers_outside_and_inside(re
     counts = Counts({}, hook)  # type: ignore[arg-type]
     counts.received(live(request_id, 9, extra_args=extra), True)
     counts.hand_over()
-    assert set(hook.said[0][2]) == {in_flight_id("mine"), in_flight_id(request_id)}
+    assert hook.said == [(9, 1, {in_flight_id("mine"): 9, in_flight_id(request_id): 0})]  # its tokens count once
 
 
 class Scheduler:
@@ -190,6 +199,7 @@ class Client:
 
     def __init__(self, ranks: list[int]) -> None:
         self.engine_ranks_managed = ranks
+        self.core_engines = [bytes([rank]) for rank in ranks]
         self.reqs_in_flight: dict[str, Any] = {}
         self.sent: list[tuple[str, int | None]] = []
         self.fails: BaseException | None = None
@@ -333,6 +343,136 @@ async def test_a_client_that_goes_while_the_pool_is_asked_leaves_no_booking(
     await until_none_booked(dispatcher)
 
 
+class Processor:
+    """The shape of vLLM's output processor."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, Any] = {}
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self.request_states
+
+    def abort_requests(self, request_ids: list[str], internal: bool) -> list[str]:
+        return [id_ for id_ in request_ids if self.request_states.pop(id_, None)]
+
+
+class ApiServer:
+    """The shape of vLLM's AsyncLLM: registers what it sends, and sends it."""
+
+    def __init__(self, client: Client, send: Send) -> None:
+        self.output_processor = Processor()
+        self.client, self.send = client, send
+
+    async def add_request(self, *requests: Any) -> str:
+        for request in requests:
+            self.output_processor.request_states[request.request_id] = request
+        for request in requests:
+            await self.send(self.client, request)
+        return "collector"
+
+
+add_request = registering(ApiServer.add_request)
+
+
+async def test_a_client_that_goes_while_the_pool_is_asked_leaves_nothing_registered(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2)
+    server = ApiServer(Client([0, 1]), wrap(settings))
+    assert await add_request(server, asked("warm")) == "collector"
+    for turns in range(1, 6):
+        task = asyncio.ensure_future(add_request(server, asked(f"a{turns}")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert list(server.output_processor.request_states) == ["warm"]
+    dispatcher.release("warm")
+    await until_none_booked(dispatcher)
+
+
+async def test_what_is_aborted_while_the_pool_is_asked_is_not_sent_nor_are_its_siblings(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2)
+    server = ApiServer(Client([0, 1]), wrap(settings))
+    await add_request(server, asked("warm"))
+    siblings = [asked(f"{number}_a") for number in range(3)]
+    task = asyncio.ensure_future(add_request(server, *siblings))
+    await asyncio.sleep(0)
+    server.output_processor.abort_requests([request.request_id for request in siblings], internal=True)
+    assert await task == "collector"
+    assert [id_ for id_, _ in server.client.sent] == ["warm"]
+    dispatcher.release("warm")
+    await until_none_booked(dispatcher)
+
+
+async def test_what_vllm_sends_without_registering_it_is_sent(wrap: Any, settings: Settings, join: Join) -> None:
+    join("e0", 2)
+    client, send = Client([0, 1]), wrap(settings)
+
+    async def only_send(server: ApiServer, request: Any) -> None:
+        await send(client, request)
+
+    await registering(only_send)(ApiServer(client, send), asked("a"))
+    assert [id_ for id_, _ in client.sent] == ["a"]
+
+
+async def test_a_rank_that_has_gone_while_the_pool_was_asked_is_given_back(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2).report(1, [RankCounts(900, 9), RankCounts(0, 0)])
+    client = Client([0, 1])
+    task = asyncio.get_running_loop().create_task(wrap(settings)(client, asked("a")))
+    await asyncio.sleep(0)
+    client.core_engines.pop()
+    await task
+    assert client.sent == [("a", None)]
+    await until_none_booked(dispatcher)
+
+
+async def test_the_last_input_of_a_session_follows_the_session(
+    wrap: Any, settings: Settings, join: Join, dispatcher: Any
+) -> None:
+    join("e0", 2)
+    client = Client([0, 1])
+    client.__dict__["streaming_reqs"] = {"a"}
+    await wrap(settings)(client, asked("a"))
+    assert client.sent == [("a", None)]
+    assert dispatcher.snapshot().bookings == 0
+
+
+async def test_a_dispatcher_that_cannot_begin_is_asked_once_and_vllm_decides(caplog: pytest.LogCaptureFixture) -> None:
+    begun: list[int] = []
+
+    def begin() -> InsideDispatcher:
+        begun.append(1)
+        raise InvalidInput("no such certificate")
+
+    client, send = Client([0, 1]), dispatching(Client.add_request_async, begin)
+    for number in range(3):
+        await send(client, asked(f"r{number}"))
+    assert client.sent == [("r0", None), ("r1", None), ("r2", None)]
+    assert len(begun) == 1
+    assert len([message for message in caplog.messages if "no such certificate" in message]) == 1
+
+
+def test_it_says_that_it_places_only_when_its_dispatcher_stands(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from scheduler_hooks.vllm import attach
+
+    def broken(settings: Settings, engine: str) -> InsideDispatcher:
+        raise InvalidInput("no such certificate")
+
+    monkeypatch.setattr(attach, "InsideDispatcher", broken)
+    plugin = PluginSettings(Settings(url="redis://127.0.0.1:1/0", pool="p"))
+    with caplog.at_level(logging.INFO), pytest.raises(InvalidInput):
+        attach._begin_dispatcher(plugin, "e0")
+    assert not caplog.messages
+
+
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, scheduler_config: type, parallel_config: type) -> None:
     """A vLLM of another version, as far as `register` looks."""
     modules = {name: ModuleType(name) for name in ("vllm", "vllm.config", "vllm.v1", "vllm.v1.core.sched.scheduler")}
@@ -342,10 +482,51 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch, scheduler_config: type, parallel_
     modules["vllm.v1.core.sched.scheduler"].Scheduler = Scheduler  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("scheduler_hooks.vllm.attach.version", lambda name: "0.9.9")
+    modules["vllm"].__version__ = "0.9.9"  # type: ignore[attr-defined]
     monkeypatch.setattr("scheduler_hooks.vllm.attach.log_as_vllm", lambda: None)
     monkeypatch.setenv("DP_BALANCER_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("DP_BALANCER_ENGINE", "e0")
+
+
+class ThisSchedulerConfig:
+    """One that can be attached to."""
+
+    def get_scheduler_cls(self) -> type:
+        return Scheduler
+
+
+class ThisParallelConfig:
+    """One that can be attached to."""
+
+    __dataclass_fields__: dict[str, Any] = {"data_parallel_index": None}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("switch", [("DP_BALANCER_HOOK", "0"), ("DP_BALANCER_CAPACITY", "full")])
+def test_where_no_hook_is_attached_nothing_is_dispatched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, switch: tuple[str, str]
+) -> None:
+    from scheduler_hooks.vllm import register
+
+    fake_vllm(monkeypatch, type("Config", (ThisSchedulerConfig,), {}), ThisParallelConfig)
+    monkeypatch.setenv("DP_BALANCER_DISPATCH", "1")
+    monkeypatch.setenv(*switch)
+    register()
+    assert "API servers do NOT dispatch: nobody would acknowledge" in caplog.messages[-1]
+
+
+def test_one_attachment_that_fails_does_not_make_the_others_line_untrue(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from scheduler_hooks.vllm import register
+
+    config = type("Config", (ThisSchedulerConfig,), {})
+    fake_vllm(monkeypatch, config, ThisParallelConfig)  # it has no client that could be wrapped
+    monkeypatch.setenv("DP_BALANCER_DISPATCH", "1")
+    register()
+    line = caplog.messages[-1]
+    assert "in vLLM 0.9.9" in line
+    assert "schedulers report their loads; API servers do NOT dispatch: " in line
+    assert issubclass(config().get_scheduler_cls(), Reporting)
 
 
 def test_a_version_that_lacks_what_is_needed_is_refused_politely(
@@ -370,14 +551,9 @@ def test_a_version_that_lacks_what_is_needed_is_refused_politely(
 def test_it_attaches_once_however_often_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     from scheduler_hooks.vllm import register
 
-    class SchedulerConfig:
-        def get_scheduler_cls(self) -> type:
-            return Scheduler
+    class SchedulerConfig(ThisSchedulerConfig): ...
 
-    class ParallelConfig:
-        __dataclass_fields__: dict[str, Any] = {"data_parallel_index": None}  # noqa: RUF012
-
-    fake_vllm(monkeypatch, SchedulerConfig, ParallelConfig)
+    fake_vllm(monkeypatch, SchedulerConfig, ThisParallelConfig)
     register()
     first = SchedulerConfig.get_scheduler_cls
     register()
