@@ -48,13 +48,19 @@ _LINGER_S = 1.0
 class Server:
     """All connections of one listening socket, and who answers their requests."""
 
-    def __init__(self, answer: Callable[[Client, Inbound], Coroutine[Any, Any, None]], limits: Limits) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Client, Inbound], Coroutine[Any, Any, None]],
+        limits: Limits,
+        lets_in: Callable[[Inbound], bool] | None = None,
+    ) -> None:
         self.answer = answer
+        self.lets_in = lets_in
         self.limits = limits
         self.clients: set[Client] = set()
         self.stopping = False
         self.held = HeldBytes()
-        self.complaint: Callable[[int, str], tuple[Headers, bytes]] = _plain_complaint
+        self.complaint: Callable[..., tuple[Headers, bytes]] = _plain_complaint
         self._sweeper: asyncio.Task[None] | None = None
         self._listening: asyncio.Server | None = None
 
@@ -99,13 +105,14 @@ class Client(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._limits = server.limits
-        self._reader = RequestReader(server.limits, server.held, self._continue)
+        self._reader = RequestReader(server.limits, server.held, self._continue, server.lets_in)
         self._ahead = b""
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._is_over = False
         self.begun = False
         self.is_gone = False
+        self.is_paused = False
         self.deadline = time.monotonic() + self._limits.idle_s
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.on_pause: Callable[[], None] | None = None
@@ -135,30 +142,37 @@ class Client(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client reads more slowly than the engine writes."""
+        self.is_paused = True
         self.deadline = time.monotonic() + self._limits.write_s
         if self.on_pause:
             self.on_pause()
 
     def resume_writing(self) -> None:
         """It has caught up."""
+        self.is_paused = False
+        if self._is_over or self.transport.is_closing():
+            return
+        if self._task is None:
+            self._go_on()
+            return
         self.deadline = float("inf")
         if self.on_resume:
             self.on_resume()
 
     def overdue(self) -> None:
         """The deadline has passed: of an idle connection, of a request being read, of an answer nobody reads."""
-        if self._task is not None or self._is_over:
+        if self._task is not None or self._is_over or self.is_paused:
             self.abort()
         elif self._reader.is_reading:
             self._refuse(408, "the request did not arrive in time")
         else:
-            self.transport.close()
+            self._end()
 
     def close_if_idle(self) -> None:
         """The server stops: end now, or after the answer under way."""
         self._closing = True
         if self._task is None and not self._reader.is_reading:
-            self.transport.close()
+            self._end()
 
     def abort(self) -> None:
         """End without ceremony."""
@@ -170,7 +184,7 @@ class Client(asyncio.Protocol):
         """Bytes of a request, or sent ahead of an answer."""
         if self._is_over:
             return
-        if self._task is not None:
+        if self._task is not None or self.is_paused:
             self._ahead += data
             if len(self._ahead) > _MOST_AHEAD:
                 self.transport.pause_reading()
@@ -182,10 +196,10 @@ class Client(asyncio.Protocol):
         if not reader.is_reading:
             self.deadline = time.monotonic() + self._limits.read_s
         self._ahead = reader.feed(data)
-        if reader.refusal is not None:
-            self._refuse(*reader.refusal)
-        elif reader.ready:
+        if reader.ready:
             self._begin()
+        elif reader.refusal is not None:
+            self._refuse(*reader.refusal)
 
     def _continue(self) -> None:
         if self._task is None and not self._is_over:
@@ -219,17 +233,27 @@ class Client(asyncio.Protocol):
 
     def _next(self, request: Inbound) -> None:
         if self.closes_after(request):
-            self._is_over = True
-            self.transport.close()
-            return
+            self._end()
+        elif not self.is_paused:  # else once the client has read
+            self._go_on()
+
+    def _go_on(self) -> None:
         self.deadline = time.monotonic() + self._limits.idle_s
         if self._reader.ready:
             self._begin()
+        elif self._reader.refusal is not None:
+            self._refuse(*self._reader.refusal)
         elif self._ahead:
             data, self._ahead = self._ahead, b""
             if not self.transport.is_reading():
                 self.transport.resume_reading()
             self._feed(data)
+
+    def _end(self) -> None:
+        """Close, once what was written has gone out; a client that does not read it has until the deadline."""
+        self._is_over = True
+        self.deadline = time.monotonic() + self._limits.write_s
+        self.transport.close()
 
     def closes_after(self, request: Inbound) -> bool:
         """Whether this answer is the connection's last."""
@@ -260,28 +284,29 @@ class Client(asyncio.Protocol):
 
     def break_off(self) -> None:
         """An answer cannot be finished: what there is of it goes out, and the connection ends without its end."""
-        self._is_over = True
-        self.transport.close()
+        self._end()
 
-    def _refuse(self, status: int, why: str) -> None:
+    def _refuse(self, status: int, why: str, code: str | None = None) -> None:
         """Say why, and end the connection: what follows on it cannot be understood, or is not wanted."""
         if self._is_over:
             return
         if self._task is not None:  # an answer is under way on this connection: nothing may come into it
             self.abort()
             return
-        headers, body = self._server.complaint(status, why)
+        headers, body = self._server.complaint(status, why, code, self._reader.path)
         request = Inbound()
         request.keep_alive = False
         self.respond(request, status, headers, body)
         self._is_over = True
         if self.transport.can_write_eof():
+            if not self.transport.is_reading():
+                self.transport.resume_reading()
             # What the client still sends is read and thrown away for a moment: a reset would take the answer from it.
             self.transport.write_eof()
             self.deadline = time.monotonic() + _LINGER_S
         else:
-            self.transport.close()
+            self._end()
 
 
-def _plain_complaint(status: int, why: str) -> tuple[Headers, bytes]:
+def _plain_complaint(status: int, why: str, code: str | None = None, path: bytes = b"") -> tuple[Headers, bytes]:
     return [(b"Content-Type", b"text/plain; charset=utf-8")], f"{why}\n".encode()

@@ -54,17 +54,28 @@ class HeldBytes:
 class RequestReader:
     """Reads the requests of one connection; whole ones stand in `ready`. Its `on_` methods are the parser's."""
 
-    def __init__(self, limits: Limits, held: HeldBytes, on_expect: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        held: HeldBytes,
+        on_expect: Callable[[], None],
+        lets_in: Callable[[Inbound], bool] | None = None,
+    ) -> None:
         self.ready: deque[Inbound] = deque()
-        self.refusal: tuple[int, str] | None = None
-        self._limits, self._all_held, self._on_expect = limits, held, on_expect
+        self.refusal: tuple[int, str, str | None] | None = None
+        self._limits, self._all_held, self._on_expect, self._lets_in = limits, held, on_expect, lets_in
         self._parser = httptools.HttpRequestParser(self)
         self._request = Inbound()
         self._body: list[bytes] = []
         self._body_bytes = 0
-        self._head_bytes = 0
+        self._head_bytes = 0  # of a head or a trailer: since the request's first byte or its body's last piece
         self._in_head = True
         self._held = 0
+
+    @property
+    def path(self) -> bytes:
+        """Of the request being read; empty until its head is whole."""
+        return self._request.path
 
     @property
     def is_reading(self) -> bool:
@@ -73,25 +84,22 @@ class RequestReader:
 
     def feed(self, data: bytes) -> bytes:
         """Read on; returns bytes that follow a request which asked for another protocol, and gets this one."""
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._parser = httptools.HttpRequestParser(self)
-            if self.ready and self.ready[-1].method == "CONNECT":
-                self.refuse(501, "CONNECT is not served here")
             return data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             self.refuse(400, f"not HTTP/1.1: {str(error)[:100]}")
-        if self._in_head and self._head_bytes > self._limits.head:
+        if self._head_bytes > self._limits.head:
             self.refuse(431, f"more than {self._limits.head} bytes of headers")
         return b""
 
-    def refuse(self, status: int, why: str) -> None:
+    def refuse(self, status: int, why: str, code: str | None = None) -> None:
         """Take nothing more; the first reason counts."""
         if self.refusal is None:
-            self.refusal = status, why
+            self.refusal = status, why, code
 
     def free(self, request: Inbound) -> None:
         """A request has been answered: its body is held no more."""
@@ -135,22 +143,25 @@ class RequestReader:
         request.path = request.target.partition(b"?")[0]
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "this server speaks HTTP/1.1")
+        if request.method == "CONNECT":
+            return self.refuse(501, "CONNECT is not served here")
         if len(request.headers) > _MOST_HEADERS:
             return self.refuse(431, f"more than {_MOST_HEADERS} headers")
         self._read_headers(request)
         return None
 
     def _read_headers(self, request: Inbound) -> None:
-        hosts, expects, size = 0, False, len(request.target)
+        hosts, expects, size, sends = 0, False, len(request.target), False
         for name, value in request.headers:
             low = name.lower()
             size += len(name) + len(value)
             if low == b"content-length":
                 request.has_body = True
+                sends = int(value) > 0
                 if int(value) > self._limits.body:
                     return self.refuse(413, f"the body is larger than {self._limits.body} bytes")
             elif low == b"transfer-encoding":
-                request.has_body = True
+                request.has_body = sends = True
                 if value.lower() != b"chunked" or request.is_http_10:
                     return self.refuse(501, "the only transfer coding taken is chunked, of HTTP/1.1")
             elif low == b"host":
@@ -161,12 +172,15 @@ class RequestReader:
             return self.refuse(431, f"more than {self._limits.head} bytes of headers")
         if hosts > 1 or (hosts == 0 and not request.is_http_10):
             return self.refuse(400, "a request names one Host")
+        if sends and self._lets_in is not None and not self._lets_in(request):
+            return self.refuse(401, "no valid API key", "invalid_api_key")
         if expects and not self.ready:
             self._on_expect()
         return None
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
+        self._head_bytes = 0
         if self.refusal is not None:
             return
         self._body.append(data)

@@ -37,7 +37,7 @@ class Replica(Desk):
     def __init__(self, options: Options, settings: Settings) -> None:
         super().__init__(options, settings)
         self._keys = tuple(f"Bearer {key}".encode() for key in options.api_keys)
-        self.server = Server(self._answer, options.limits)
+        self.server = Server(self._answer, options.limits, self._is_let_in if self._keys else None)
         self.server.complaint = complaint
 
     # -- life

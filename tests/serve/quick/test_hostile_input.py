@@ -205,6 +205,22 @@ def test_headers_without_an_end_are_refused_within_bounded_memory(replica: Repli
     assert engine.seen == []
 
 
+def test_a_trailer_without_an_end_is_refused(replica: Replica, engine: Engine) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: "
+    with replica.raw(head) as raw:
+        for _ in range(16):
+            raw.send(b"a" * 65536)
+        assert raw.answer(timeout_s=5)[0] == 431
+    assert engine.seen == []
+
+
+def test_rubbish_behind_a_request_is_refused_after_its_answer(replica: Replica, engine: Engine) -> None:
+    with replica.raw(post(CHAT) + b"rubbish\r\n\r\n") as raw:
+        seen = raw.all()
+    assert re.findall(rb"HTTP/1\.1 (\d+)", seen) == [b"200", b"400"]
+    assert len(engine.seen) == 1
+
+
 def test_a_client_that_half_closes_leaves_nothing_open(
     replica: Replica, engine: Engine, eventually: Callable[..., None], nothing_booked: Wait
 ) -> None:

@@ -53,6 +53,22 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(engine: Engine, se
     assert replica.chat(messages=[{"role": "user", "content": "x" * 900_000}])[0] == 200
 
 
+@pytest.mark.parametrize("length", [b"Content-Length: 60000000", b"Transfer-Encoding: chunked"])
+def test_nothing_is_read_for_a_client_without_a_key(engine: Engine, serve: Serve, length: bytes) -> None:
+    replica = serve(engine.url, DP_BALANCER_API_KEY="k")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n"
+    for more in (b"", b"Expect: 100-continue\r\n", b"Authorization: Bearer wrong\r\n"):
+        with replica.raw(head + more + b"\r\n") as raw:
+            status, body = raw.answer(timeout_s=5)
+            assert status == 401
+            assert is_openai_error(body)
+            assert b"invalid_api_key" in body
+    with replica.raw(head + b"Expect: 100-continue\r\nAuthorization: Bearer k\r\n\r\n") as raw:
+        assert raw.answer(timeout_s=5)[0] == 100
+    assert replica.chat()[0] == 401
+    assert replica.chat(headers={"Authorization": "Bearer k"})[0] == 200
+
+
 def test_slow_heads_slow_bodies_and_silent_connections_end_by_their_limits_and_hold_up_nobody(
     engine: Engine, serve: Serve
 ) -> None:
