@@ -7,6 +7,7 @@ trailers included, in the same loop turn in which they came. All that is read of
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
 from collections import deque
@@ -22,6 +23,8 @@ _MOST_KEPT = 512
 """Idle connections kept for one engine."""
 _KEPT_S = 4.0
 """Shorter than what engines keep idle connections for (uvicorn: 5 s)."""
+_KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))
+"""A host that is gone without a word is noticed within about a minute, however long its answer may take."""
 _FORBIDDEN_BODY = frozenset((204, 304))
 
 
@@ -96,6 +99,11 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected."""
         self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if (option := getattr(socket, name, None)) is not None:  # not every system has each
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, data: bytes, no_body: bool, within_s: float | None = None) -> asyncio.Future[Answer]:
         """Send a request; the future is its answer's head, or `UpstreamError` where it does not come in time.
@@ -132,9 +140,14 @@ class Connection(asyncio.Protocol):
             if plain:
                 self._sink = None
             self._parser = httptools.HttpResponseParser(_Chunks(self, sink) if plain else _ChunksEnd(self))
-            self._parser.feed_data(self._chunked_head)
+            try:
+                self._parser.feed_data(self._chunked_head)
+            except httptools.HttpParserError as error:
+                self._fail(UpstreamError(f"the engine's answer is not HTTP/1.1: {error}", True))
+                return self._done
         data, self._buffer = self._buffer, b""
         if self._no_body or self._left == 0:
+            self._keeps = self._keeps and not data  # bytes that nobody asked for may be the next answer's
             self._end()
         elif data:
             self._body(data)

@@ -1,0 +1,143 @@
+"""Connections of `balancer serve` over real sockets: clients that do not read, engines that say too much."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from balancer.serve.front import Client, Server
+from balancer.serve.inbound import Inbound
+from balancer.serve.options import Engine, Limits
+from balancer.serve.upstream import Connection, Pool, UpstreamError
+from tests.unit.serve_cast import until
+
+LARGE = bytes(16 << 20)
+"""More than the kernel takes for a client that does not read."""
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def serving(limits: Limits, answered: list[Inbound]) -> AsyncIterator[tuple[Server, socket.socket]]:
+    """A front door whose every answer is large, and a client's connection to it."""
+
+    async def answer(client: Client, request: Inbound) -> None:
+        answered.append(request)
+        client.respond(request, 200, [], LARGE)
+
+    server = Server(answer, limits)
+    listening = socket.create_server(("127.0.0.1", 0))
+    await server.start(listening)
+    with socket.create_connection(listening.getsockname()) as raw:
+        raw.setblocking(False)
+        yield server, raw
+    await server.stop(0)
+
+
+async def read(raw: socket.socket, size: int) -> None:
+    while size > 0:
+        size -= len(await asyncio.get_running_loop().sock_recv(raw, min(size, 1 << 20)))
+
+
+async def test_the_next_request_waits_until_the_client_has_read_its_answer() -> None:
+    answered: list[Inbound] = []
+    async with serving(Limits(), answered) as (_, raw):
+        raw.send(GET)
+        await until(lambda: len(answered) == 1, "the first is answered")
+        raw.send(GET + GET)
+        await asyncio.sleep(0.2)
+        assert len(answered) == 1, "nothing is added to an answer that nobody reads"
+        await read(raw, 2 * len(LARGE))
+        await until(lambda: len(answered) == 3, "the others are answered in their turn")
+
+
+async def test_a_client_that_does_not_read_its_answer_is_cut_off_though_nothing_is_asked_any_more() -> None:
+    answered: list[Inbound] = []
+    async with serving(Limits(write_s=0.3, idle_s=0.3), answered) as (server, raw):
+        raw.send(GET)
+        await until(lambda: len(answered) == 1, "it is answered")
+        await until(lambda: not server.clients, "the connection has ended")
+
+
+async def test_a_connection_that_was_slow_once_ends_when_it_is_idle() -> None:
+    answered: list[Inbound] = []
+    async with serving(Limits(idle_s=0.3), answered) as (server, raw):
+        raw.send(GET)
+        await until(lambda: len(answered) == 1, "it is answered")
+        await read(raw, len(LARGE))
+        await until(lambda: not server.clients, "the connection has ended")
+
+
+@contextlib.asynccontextmanager
+async def engine_saying(*answers: bytes) -> AsyncIterator[Pool]:
+    """A pool before an engine that answers so, one after the other."""
+    left, open_ones = list(answers), []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_ones.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                writer.write(left.pop(0))
+        writer.transport.abort()
+        open_ones.remove(writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    pool = Pool(Engine(host, port, "e"), connect_s=2.0)
+    yield pool
+    pool.close()
+    server.close()
+    await until(lambda: not open_ones, "no connection is left")
+
+
+async def ask(connection: Connection, method: bytes = b"GET") -> bytes:
+    body: list[bytes] = []
+    try:
+        await connection.send(method + b" / HTTP/1.1\r\n\r\n", method == b"HEAD")
+        await connection.relay(body.append)
+    finally:
+        connection.give_back()
+    return b"".join(body)
+
+
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [
+        (b"HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n"),
+        (b"GET", b"HTTP/1.1 204 No Content\r\n\r\n"),
+        (b"GET", b"HTTP/1.1 304 Not Modified\r\n\r\n"),
+        (b"GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+    ],
+)
+async def test_a_connection_with_bytes_behind_an_answer_without_a_body_serves_no_other(
+    method: bytes, head: bytes
+) -> None:
+    async with engine_saying(head, head + b"HTTP/1.1 200 OK\r\n") as pool:
+        connection, _ = await pool.acquire()
+        assert await ask(connection, method) == b""
+        connection, is_reused = await pool.acquire()
+        assert is_reused, "nothing was behind the first"
+        assert await ask(connection, method) == b""
+        connection, is_reused = await pool.acquire()
+        assert not is_reused
+        connection.give_back()
+
+
+async def test_a_chunked_answer_whose_head_is_no_http_breaks_off() -> None:
+    async with engine_saying(b"HTTP/1.1 200 OK\r\nA b: c\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n") as pool:
+        connection, _ = await pool.acquire()
+        with pytest.raises(UpstreamError):
+            await ask(connection)
+
+
+async def test_an_engine_that_is_gone_without_a_word_is_noticed() -> None:
+    async with engine_saying() as pool:
+        connection, _ = await pool.acquire()
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        connection.give_back()
