@@ -105,6 +105,9 @@ def _parsed(body: bytes) -> Any:
 
 
 def _read_generate(fields: dict[str, Any], asked: Asked) -> None:
+    for field in ("routed_dp_rank", "data_parallel_rank"):
+        if field in fields:  # the last of two counts: it would outdo ours
+            raise Malformed(f"the rank is the dispatcher's to choose: leave {field} out")
     if (ids := fields.get("input_ids")) is not None:
         _read_prompts(ids, asked)
     elif (text := fields.get("text")) is not None:

@@ -8,7 +8,7 @@
     openai  none: one rank for each address                   X-Request-Id
 
 A field is spliced in as bytes behind the body's opening brace; every other byte of the body stays as it is. A client's
-own rank header goes: the rank is ours to say.
+own rank header goes, and so do SGLang's X-Override-...: the rank is ours to say.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"expect")
 )
 _OURS = HOP_BY_HOP | {b"host", b"content-length", b"x-data-parallel-rank", b"x-request-id"}
+_OVERRIDE = b"x-override-"
 _KEYS = frozenset((b"authorization", b"x-api-key"))
 _ANSWERS_HOPS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"upgrade"))
 _BRACE = re.compile(rb"\s*\{\s*")
@@ -106,7 +107,7 @@ def request_head(
     lines = [b"%b %b HTTP/1.1\r\nHost: %b\r\n" % (method.encode(), target, engine.address.encode())]
     for name, value in headers:
         low = name.lower()
-        if low in _OURS or low in named or (drop_authorization and low in _KEYS):
+        if low in _OURS or low in named or (drop_authorization and low in _KEYS) or low.startswith(_OVERRIDE):
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
     for name, value in more:

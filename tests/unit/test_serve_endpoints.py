@@ -94,6 +94,12 @@ def test_a_body_that_is_no_json_object_is_refused_without_being_quoted(body: byt
     assert len(str(error.value)) < 120
 
 
+@pytest.mark.parametrize("field", ["routed_dp_rank", "data_parallel_rank"])
+def test_a_rank_of_the_clients_own_choice_is_refused_where_it_would_outdo_ours(field: str) -> None:
+    with pytest.raises(Malformed, match=field):
+        asked_by(GENERATE, text="a", **{field: 3})
+
+
 def test_what_pythons_own_parser_takes_is_taken_too() -> None:
     assert read_body(COMPLETIONS, b'{"prompt":[1],"temperature":NaN}').ids == 1
 

@@ -101,6 +101,7 @@ def test_a_head_goes_on_without_what_was_meant_for_us() -> None:
         (b"X-Mine", b"1"),
         (b"x-data-parallel-rank", b"7"),
         (b"X-Request-ID", b"theirs"),
+        (b"X-Override-Routed-Dp-Rank", b"3"),
         (b"Transfer-Encoding", b"chunked"),
         (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         (b"Authorization", b"Bearer key"),
