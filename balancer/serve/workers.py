@@ -109,11 +109,15 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
         pid = os.fork()
         if pid:
             workers[pid] = number
+            if ending:  # it came between the fork and this
+                os.kill(pid, signal.SIGTERM)
             return
         code = 1
         try:
             for signum in _ENDINGS:
                 signal.signal(signum, signal.SIG_DFL)
+            if ending:
+                os._exit(0)
             held.close()
             os.close(ours)
             own = replace(settings, name=f"{settings.name[:56]}-w{number}")
@@ -130,16 +134,19 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
     def end(signum: int, _: object) -> None:
         ending.append(signum)
         for pid in tuple(workers):
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     for signum in _ENDINGS:
         signal.signal(signum, end)
     for number in range(options.workers):
-        begin(number)
+        if not ending:
+            begin(number)
     while workers:
         pid, status = os.wait()
         number = workers.pop(pid, -1)
         if number >= 0 and not ending:
             log.warning("worker %d (pid %d) has ended with status %d: started again", number, pid, status)
             time.sleep(_AGAIN_S)
-            begin(number)
+            if not ending:
+                begin(number)

@@ -110,6 +110,18 @@ def test_workers_share_a_port_and_their_metrics_and_a_dead_one_is_replaced(
         eventually(lambda: not any(map(is_alive, left)), "no worker outlives the one that watches it", within_s=20)
 
 
+def test_an_end_that_comes_while_a_worker_is_about_to_be_replaced_ends_all(
+    redis_server: EmbeddedRedis, client: object, eventually: Eventually
+) -> None:
+    words = ("--workers", "2", "--engine", "http://127.0.0.1:1")
+    with program(*words, DP_BALANCER_URL=redis_server.url, DP_BALANCER_POOL="p") as (process, _, _):
+        eventually(lambda: len(children(process.pid)) == 2, "both are there")
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        eventually(lambda: len(children(process.pid)) == 1, "one has gone")
+        process.terminate()
+        assert process.wait(15) == 0
+
+
 def test_a_port_that_is_taken_is_said(redis_server: EmbeddedRedis) -> None:
     command = [
         sys.executable,
