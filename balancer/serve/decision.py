@@ -4,7 +4,8 @@
     POST /balancer/v1/release    {"request_id"} or {"request_ids"}             ->  {"released": n}
     any  /balancer/v1/authorize  the same decision for nginx' auth_request and Envoy's ext_authz: 200 and headers
 
-`authorize` takes the request's id from X-Request-Id and its tokens from X-Balancer-Tokens, else from the body where the
+`authorize` makes the request's id of X-Request-Id and a suffix, since clients may send one and the same, and says it in
+X-Balancer-Request-Id: that is what to release. It takes the tokens from X-Balancer-Tokens, else from the body where the
 proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
 Content-Length). A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
 """
@@ -17,7 +18,6 @@ from typing import Any
 import orjson
 
 from balancer.errors import BalancerError, InvalidInput, NoRank, NoRankReason
-from balancer.marker import marked
 from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
@@ -95,7 +95,8 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
-    request_id = wire.safe_request_id(request.header(b"x-request-id")) or _new_id()
+    own = wire.safe_request_id(request.header(b"x-request-id"))
+    request_id = f"{own}.{random.getrandbits(32):08x}" if own else _new_id()
     placement, engine, index = await _place(desk, request_id, await _tokens(desk, request, path))
     headers = [
         *_headers(engine, path, index, request_id),
@@ -133,8 +134,7 @@ async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, E
 
 
 def _headers(engine: Engine, path: bytes, index: int, request_id: str) -> wire.Headers:
-    sent = marked(request_id) if engine.hooked else request_id
-    return [*wire.rank_headers(engine, path, index), (b"X-Request-Id", sent.encode())]
+    return [*wire.rank_headers(engine, path, index), (b"X-Request-Id", wire.id_header(engine, request_id))]
 
 
 def _object(body: bytes) -> dict[str, Any]:

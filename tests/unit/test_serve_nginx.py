@@ -93,6 +93,10 @@ async def test_nginx_sends_each_request_to_the_rank_that_the_replica_names(
         assert all(headers["host"] == f"{HOST}:{at}" for headers in sent)
         await until(lambda: in_flight(client) == 0, "post_action has released them")
         assert (await ask(port, "/v1/models")).json()["data"][0]["id"] == "mock"
+        for path in ("/balancer/v1/release", "/balancer/v1/dispatch", "/metrics"):
+            assert (await ask(port, path)).status == 404, "not for clients"
+        assert (await ask(port, "/v1/completions", method="OPTIONS")).status not in (500, 503)
+        assert (engine.requests[-1][0], engine.requests[-1][1]) == ("OPTIONS", b"/v1/completions")
 
 
 async def test_a_stream_through_nginx_is_booked_until_its_client_leaves(
@@ -128,7 +132,9 @@ async def test_vllms_hook_knows_the_request_again_behind_nginx(
         assert (await ask(port, "/v1/completions", COMPLETIONS, headers="X-Request-Id: mine\r\n")).status == 200
         (headers,) = posts(engine)
         assert headers["x-data-parallel-rank"] == "0"
-        assert received_id(f"cmpl-{headers['x-request-id']}-0-86f184e6") == in_flight_id("mine")
+        placed = headers["x-override-rid"]
+        assert placed.startswith("mine.")
+        assert received_id(f"cmpl-{headers['x-request-id']}-0-86f184e6") == in_flight_id(placed)
 
 
 async def test_a_refusal_keeps_its_meaning_behind_nginx(settings: Settings, join: Join, tmp_path: Path) -> None:

@@ -466,6 +466,10 @@ async def test_envoys_question_is_answered_with_headers(scene: Scene, admin: Poo
     assert answer.headers["x-data-parallel-rank"] == rank[-1]
     assert answer.headers["x-balancer-address"].startswith(HOST)
     assert next(view.load_tokens for view in admin.snapshot().ranks if view.rank == rank) == 70
-    assert (await scene.ask("/balancer/v1/release", {"request_id": "r-9"})).json() == {"released": 1}
+    again = await scene.ask("/balancer/v1/authorize/v1/completions?x=1", raw=body, headers="X-Request-Id: r-9\r\n")
+    assert again.headers["x-balancer-rank"] != rank, "clients that send one id share neither rank nor release"
+    own = answer.headers["x-balancer-request-id"]
+    assert own.startswith("r-9.")
+    assert (await scene.ask("/balancer/v1/release", {"request_id": own})).json() == {"released": 1}
     not_placed = await scene.ask("/balancer/v1/authorize/v1/models")
     assert (not_placed.status, "x-balancer-rank" in not_placed.headers) == (200, False)
