@@ -88,7 +88,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
             read_s=arguments.read_timeout,
         ),
         api_keys=_api_keys(arguments.api_key_file),
-        engine_key=os.environ.get(_ENGINE_KEY_VARIABLE) or None,
+        engine_key=_key_from(_ENGINE_KEY_VARIABLE),
         cert_file=arguments.tls_cert,
         key_file=arguments.tls_key,
         tokenizer=arguments.tokenizer,
@@ -106,7 +106,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
 
 def _api_keys(path: str | None) -> tuple[str, ...]:
     if not path:
-        key = os.environ.get(_KEY_VARIABLE)
+        key = _key_from(_KEY_VARIABLE)
         return (key,) if key else ()
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -116,6 +116,14 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
     if not keys:
         raise InvalidInput(f"--api-key-file {path} holds no key")
     return keys
+
+
+def _key_from(variable: str) -> str | None:
+    """A key from the environment: it stands in a header, so a line's end that came along is taken off."""
+    key = os.environ.get(variable, "").strip()
+    if not key.isprintable():
+        raise InvalidInput(f"{variable} holds a control character")
+    return key or None
 
 
 @contextmanager
