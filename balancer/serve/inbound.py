@@ -21,7 +21,18 @@ _MOST_HEADERS = 256
 class Inbound:
     """One request, read whole."""
 
-    __slots__ = ("body", "has_body", "headers", "is_http_10", "keep_alive", "method", "path", "received", "target")
+    __slots__ = (
+        "body",
+        "has_body",
+        "headers",
+        "held",
+        "is_http_10",
+        "keep_alive",
+        "method",
+        "path",
+        "received",
+        "target",
+    )
 
     def __init__(self) -> None:
         self.method = ""
@@ -29,6 +40,7 @@ class Inbound:
         self.path = b""
         self.headers: Headers = []
         self.body = b""
+        self.held = 0  # bytes of the body that the limit on all bodies counts, also when it is not kept any more
         self.has_body = False
         self.is_http_10 = False
         self.keep_alive = True
@@ -66,8 +78,7 @@ class RequestReader:
         self._limits, self._all_held, self._on_expect, self._lets_in = limits, held, on_expect, lets_in
         self._parser = httptools.HttpRequestParser(self)
         self._request = Inbound()
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body = bytearray()  # no list of pieces: a client could send them of two bytes
         self._head_bytes = 0  # of a head or a trailer: since the request's first byte or its body's last piece
         self._in_head = True
         self._held = 0
@@ -103,7 +114,7 @@ class RequestReader:
 
     def free(self, request: Inbound) -> None:
         """A request has been answered: its body is held no more."""
-        freed = min(self._held, len(request.body))
+        freed = min(self._held, request.held)
         self._held -= freed
         self._all_held.total -= freed
 
@@ -111,7 +122,7 @@ class RequestReader:
         """The connection has ended."""
         self._all_held.total -= self._held
         self._held = 0
-        self._body = []
+        self._body = bytearray()
         self.ready.clear()
         self.refuse(0, "closed")
 
@@ -120,7 +131,7 @@ class RequestReader:
     def on_message_begin(self) -> None:
         """A request's first byte."""
         self._request = Inbound()
-        self._body, self._body_bytes = [], 0
+        self._body = bytearray()
         self._in_head = True
 
     def on_url(self, url: bytes) -> None:
@@ -183,11 +194,10 @@ class RequestReader:
         self._head_bytes = 0
         if self.refusal is not None:
             return
-        self._body.append(data)
-        self._body_bytes += len(data)
+        self._body += data
         self._held += len(data)
         self._all_held.total += len(data)
-        if self._body_bytes > self._limits.body:
+        if len(self._body) > self._limits.body:
             self.refuse(413, f"the body is larger than {self._limits.body} bytes")
         elif self._all_held.total > self._limits.bodies:
             self.refuse(503, "this replica holds all the request bodies it may hold")
@@ -195,9 +205,9 @@ class RequestReader:
     def on_message_complete(self) -> None:
         """A request is whole."""
         request = self._request
-        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        request.body, request.held = bytes(self._body), len(self._body)
         request.received = time.monotonic()
-        self._body = []
+        self._body = bytearray()
         self._in_head, self._head_bytes = True, 0
         if self.refusal is None:
             self.ready.append(request)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator
 
 import pytest
 
 from balancer.serve.front import Client, Server
-from balancer.serve.inbound import Inbound
+from balancer.serve.inbound import HeldBytes, Inbound, RequestReader
 from balancer.serve.options import Engine, Limits
 from balancer.serve.upstream import Connection, Pool, UpstreamError
 from tests.unit.serve_cast import until
@@ -69,6 +70,24 @@ async def test_a_connection_that_was_slow_once_ends_when_it_is_idle() -> None:
         await until(lambda: len(answered) == 1, "it is answered")
         await read(raw, len(LARGE))
         await until(lambda: not server.clients, "the connection has ended")
+
+
+def test_a_body_in_the_smallest_pieces_is_held_in_its_size() -> None:
+    size, held = 1 << 18, HeldBytes()
+    reader = RequestReader(Limits(), held, lambda: None)
+    reader.feed(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    data = b"2\r\n{}\r\n" * (size // 2)
+    tracemalloc.start()
+    try:
+        reader.feed(data)
+        assert tracemalloc.get_traced_memory()[1] < 2 * size
+    finally:
+        tracemalloc.stop()
+    reader.feed(b"0\r\n\r\n")
+    request = reader.ready.popleft()
+    assert (request.body, held.total) == (b"{}" * (size // 2), size)
+    reader.free(request)
+    assert held.total == 0
 
 
 @contextlib.asynccontextmanager
