@@ -53,7 +53,9 @@ class Asked:
     stream: bool = False
     rid: str | None = None
     has_rid: bool = False
-    fields: dict[str, Any] | None = None
+    has_xargs: bool = False
+    is_object: bool = False
+    """Whether the body has been read as one, and so can be added to."""
 
     @property
     def fans_out(self) -> bool:
@@ -71,7 +73,7 @@ def read_body(path: bytes, body: bytes) -> Asked:
     fields = _parsed(body)
     if not isinstance(fields, dict):
         raise Malformed("the body must be a JSON object")
-    asked = Asked(texts=[], fields=fields, stream=fields.get("stream") is True)
+    asked = Asked(texts=[], is_object=True, has_xargs="vllm_xargs" in fields, stream=fields.get("stream") is True)
     key = "request_id" if path == b"/v1/responses" else "rid"
     asked.has_rid = key in fields
     if isinstance(rid := fields.get(key), str) and _RID.fullmatch(rid):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -162,6 +164,7 @@ class Exchange:
         else:
             self._asked = read_body(request.path, request.body)
             self._counted = await counter.count_exactly(self._asked) if counter.is_exact else counter.count(self._asked)
+        self._asked.texts = None  # counted: a stream may last for minutes
         if self._asked.rid and self._desk.takes_rids:
             self._booking_id = self._asked.rid
         self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source
@@ -245,7 +248,7 @@ class Exchange:
         if self._placed:
             more = [(b"X-Request-Id", wire.id_header(engine, self._booking_id if engine.hooked else self._request_id))]
             more += wire.rank_headers(engine, request.path, attempt.index)
-            if self._asked.fields is not None:
+            if self._asked.is_object:
                 body = wire.body_for(engine, request.path, self._asked, self._booking_id, attempt.index, body)
         options = self._desk.options
         if options.engine_key:
@@ -292,7 +295,12 @@ class Exchange:
         except UpstreamError as error:
             entry.ended = "cut"
             log.info("request=%s engine=%s broke off: %s", self._request_id, attempt.target.engine.url, error)
-            client.break_off()
+            if is_open_ended or unchunk:  # such an answer ends with its connection: a reset alone says that it is torn
+                sock = client.transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.abort()
+            else:
+                client.break_off()
         else:
             self._is_acknowledged = attempt.target.engine.hooked and answer.status < 400
             self._learn()

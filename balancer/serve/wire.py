@@ -48,7 +48,7 @@ def can_match(engine: Engine, path: bytes, asked: Asked) -> bool:
     if engine.kind is EngineKind.SGLANG:
         return not asked.fans_out and path != b"/v1/messages" and (asked.rid is not None or not asked.has_rid)
     if engine.kind is EngineKind.VLLM:
-        return path != b"/v1/responses" or "vllm_xargs" not in (asked.fields or {})
+        return path != b"/v1/responses" or not asked.has_xargs
     return False
 
 
@@ -61,12 +61,7 @@ def body_for(engine: Engine, path: bytes, asked: Asked, booking_id: str, index: 
             fields.append(b'"%b":"%b"' % (key, booking_id.encode()))
         if path == b"/generate" and index is not None and engine.dp > 1:
             fields.append(b'"routed_dp_rank":%d' % index)
-    elif (
-        engine.kind is EngineKind.VLLM
-        and engine.hooked
-        and path == b"/v1/responses"
-        and "vllm_xargs" not in (asked.fields or {})
-    ):
+    elif engine.kind is EngineKind.VLLM and engine.hooked and path == b"/v1/responses" and not asked.has_xargs:
         fields.append(b'"vllm_xargs":{"%b":"%b"}' % (_XARGS.encode(), marked(booking_id).encode()))
     return splice(body, fields) if fields else body
 

@@ -227,6 +227,22 @@ async def test_an_answer_that_breaks_off_breaks_off_at_the_client_too(settings: 
         await until(lambda: in_flight(client) == 0, "the booking has ended")
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_torn_answer_that_ends_with_its_connection_ends_in_a_reset(settings: Settings, version: str) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\ndata: \r\n"
+    async with scripted(answer) as at, replica(settings, word(at)) as (_, port):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(
+            b"POST %b HTTP/%b\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % (COMPLETIONS.encode(), version.encode())
+        )
+        if version == "1.0":
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+        else:
+            assert not (await reader.read()).endswith(b"0\r\n\r\n")
+        writer.close()
+
+
 # -- engines that fail
 
 
