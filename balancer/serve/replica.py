@@ -18,6 +18,7 @@ from balancer.errors import InvalidInput
 from balancer.serve import decision
 from balancer.serve.complaint import complaint
 from balancer.serve.desk import Desk
+from balancer.serve.ending import end
 from balancer.serve.exchange import Exchange
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import Inbound
@@ -29,6 +30,7 @@ from balancer.settings import Settings
 log = logging.getLogger("balancer.serve")
 
 _JSON = (b"Content-Type", b"application/json")
+_GAUGE_S = 1.0
 
 
 class Replica(Desk):
@@ -48,6 +50,7 @@ class Replica(Desk):
         for target in self.targets:
             target.stand_in.start()
         await self.server.start(sock, **self._tls())
+        self._gauging = asyncio.create_task(self._gauge())
 
     async def wait_for_ranks(self, within_s: float) -> None:
         """Wait until every engine without a hook has been joined, or the time has passed: it serves in either case."""
@@ -63,6 +66,7 @@ class Replica(Desk):
         for target in self.targets:
             await target.stand_in.stop()
             target.pool.close()
+        await end([self._gauging])
         await self.bookings.stop()
         self.tokens.close()
 
@@ -117,7 +121,16 @@ class Replica(Desk):
         }
         return (200 if ready else 503), [_JSON], orjson.dumps(fields)
 
-    def _metrics(self) -> tuple[int, Headers, bytes]:
+    async def _gauge(self) -> None:
+        """Whichever worker is asked answers for all: each keeps its own gauges up to date."""
+        while True:
+            self._set_gauges()
+            await asyncio.sleep(_GAUGE_S)
+
+    def _set_gauges(self) -> None:
         self.metrics.fallback.set(int(self.bookings.dispatcher.is_falling_back))
         self.metrics.connections.set(len(self.server.clients))
+
+    def _metrics(self) -> tuple[int, Headers, bytes]:
+        self._set_gauges()
         return 200, [(b"Content-Type", CONTENT_TYPE)], self.metrics.text()

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from balancer.errors import InvalidInput
 from balancer.serve.options import Options
@@ -145,6 +146,8 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
     while workers:
         pid, status = os.wait()
         number = workers.pop(pid, -1)
+        for gauge in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob(f"gauge_live*_{pid}.db"):
+            gauge.unlink()  # what it held it holds no more
         if number >= 0 and not ending:
             log.warning("worker %d (pid %d) has ended with status %d: started again", number, pid, status)
             time.sleep(_AGAIN_S)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -18,6 +19,7 @@ from typing import Any
 from balancer.embedded import EmbeddedRedis
 
 Eventually = Callable[..., None]
+_CONNECTIONS = "balancer_client_connections{"
 
 
 @contextlib.contextmanager
@@ -102,8 +104,20 @@ def test_workers_share_a_port_and_their_metrics_and_a_dead_one_is_replaced(
             return sum(float(line.split()[-1]) for line in placed)
 
         assert {counted() for _ in range(6)} == {30.0}, "whichever worker is asked answers for all"
-        os.kill(next(iter(workers)), signal.SIGKILL)
-        eventually(lambda: len(set(children(process.pid)) - mock) == 2, "a new worker is there", within_s=20)
+
+        def connections() -> float:
+            text = get(port, "/metrics").decode()
+            return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(_CONNECTIONS))
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(16):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            eventually(lambda: min(connections() for _ in range(6)) > 16, "each answers for all", within_s=20)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            eventually(lambda: len(set(children(process.pid)) - mock - workers) == 2, "new workers", within_s=20)
+            eventually(lambda: answers(port), "one answers", within_s=30)
+            eventually(lambda: connections() < 8, "what the dead ones held is held no more", within_s=20)
         eventually(lambda: answers(port), "it answers", within_s=30)
         process.kill()
         left = set(children(process.pid)) | workers | mock
