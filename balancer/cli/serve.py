@@ -173,6 +173,15 @@ def _log(arguments: argparse.Namespace) -> None:
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
         logging.getLogger("balancer").setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+
+class _Lines(logging.Formatter):
+    """A request's line is JSON and nothing else."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == "balancer.access" else super().format(record)
 
 
 _DETAILS = """\

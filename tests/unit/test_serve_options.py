@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from balancer import InvalidInput
+from balancer.cli.serve import _key_from, _Lines
 from balancer.serve import EngineKind, parse_engine
 from balancer.serve.options import checked_engines
 from balancer.serve.retries import RetryBudget
@@ -69,3 +72,21 @@ def test_retries_are_a_share_of_the_requests_beside_a_small_reserve() -> None:
     for _ in range(100):
         budget.earn()
     assert [budget.spend() for _ in range(3)] == [True, True, False]
+
+
+def test_a_key_from_the_environment_can_stand_in_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", " sk-1\r\n")
+    assert _key_from("A_KEY") == "sk-1"
+    monkeypatch.setenv("A_KEY", "\n")
+    assert _key_from("A_KEY") is None
+    monkeypatch.setenv("A_KEY", "sk-1\r\nX-Evil: 1")
+    with pytest.raises(InvalidInput, match="A_KEY") as error:
+        _key_from("A_KEY")
+    assert "sk-1" not in str(error.value)
+
+
+def test_a_requests_line_in_the_log_is_json_and_nothing_else() -> None:
+    lines = _Lines("%(levelname)s %(message)s")
+    record = logging.makeLogRecord({"name": "balancer.access", "msg": "%s", "args": ('{"a":1}',)})
+    assert lines.format(record) == '{"a":1}'
+    assert lines.format(logging.makeLogRecord({"name": "balancer.serve", "msg": "m"})).endswith(" m")
