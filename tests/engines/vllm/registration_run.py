@@ -109,7 +109,7 @@ async def left(llm: Any, client: Any, sent: list[Any], looker: AsyncDispatcher, 
         "end": end,
         "registered": registered,
         "sent": sent,
-        "in_flight": [*client.reqs_in_flight],
+        "in_flight": in_flight,
         "booked": bookings,
     }
 
