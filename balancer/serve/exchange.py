@@ -268,6 +268,7 @@ class Exchange:
 
     async def _pass_on(self, attempt: _Try, connection: Connection, answer: Answer) -> None:
         entry, client, request, desk = self.entry, self._client, self._request, self._desk
+        request.body = b""  # it will not be sent again, and a stream may last for minutes
         entry.status, entry.first_byte = answer.status, time.monotonic()
         desk.metrics.first_byte.observe(entry.first_byte - entry.began)
         if (
