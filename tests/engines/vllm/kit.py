@@ -48,7 +48,7 @@ def need_vllm() -> None:
     """Skip where there is no vLLM to test with, and fail in CI, where a skip would hide that nothing was tested."""
     missing = None
     if not PYTHON.exists():
-        missing = f"no vLLM in {HOME}: run `make vllm` (needs the kit at {KIT})"
+        missing = f"no vLLM in {HOME}: run `make vllm-ready` (needs the kit at {KIT})"
     elif subprocess.run([PYTHON, "-c", "import scheduler_hooks.vllm"], capture_output=True, check=False).returncode:
         missing = f"dp-balancer is not installed beside vLLM: {PYTHON} -m pip install -e {ROOT}"
     if missing and os.environ.get("CI"):
