@@ -44,6 +44,11 @@ def checked_name(name: str, what: str) -> str:
     return name
 
 
+def as_name(text: str) -> str:
+    """`text` in the characters that a name may have, a dash for each other one; may be empty, or too long."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")
+
+
 def checked_count(value: int, what: str, least: int = 0, most: int = MAX_COUNT) -> int:
     """Return `value` as an int within [least, most]; whole floats pass, NaN, fractions and text do not."""
     if isinstance(value, bool) or not isinstance(value, int | float):

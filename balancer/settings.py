@@ -19,7 +19,6 @@ DP_BALANCER_NAME             this dispatcher's name in its bookings, default HOS
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,14 +26,14 @@ from pathlib import Path
 
 from balancer.address import Address, parse_address, redacted
 from balancer.errors import InvalidInput
-from balancer.model import MAX_NAME_BYTES, checked_count, checked_name
+from balancer.model import MAX_NAME_BYTES, as_name, checked_count, checked_name
 
 __all__ = ["Settings", "default_name", "redacted"]
 
 
 def default_name() -> str:
     """HOST-PID, in the characters that a name may have."""
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "host"
+    host = as_name(socket.gethostname()) or "host"
     return f"{host[: MAX_NAME_BYTES - 12]}-{os.getpid()}"
 
 

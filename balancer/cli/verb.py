@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 from balancer.errors import InvalidInput
 from balancer.settings import Settings, redacted
@@ -31,6 +32,19 @@ class Verb:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     parses_itself: bool = False
+
+
+def verb_of(room: str, name: str, summary: str, examples: tuple[str, ...]) -> Verb:
+    """A verb that lives in a room which nothing here imports: `room`, a module with `main(words) -> exit status`.
+
+    It is found by name when asked, and parses what follows the verb itself.
+    """
+
+    def run(arguments: argparse.Namespace) -> int:
+        code: int = import_module(room).main(arguments.rest)
+        return code
+
+    return Verb(name, summary, "", examples, lambda parser: parser.set_defaults(rest=[]), run, parses_itself=True)
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 from balancer.errors import InvalidInput
-from balancer.model import MAX_RANKS, checked_count, checked_name
+from balancer.model import MAX_RANKS, as_name, checked_count, checked_name
 
 MIB = 1 << 20
 
@@ -114,7 +114,7 @@ def _parse_url(url: str, word: str) -> tuple[str, int, bool]:
 
 def _name_of(host: str, port: int) -> str:
     """The same on every replica that is given the same address."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{host}-{port}").lstrip("._-")[:64]
+    return as_name(f"{host}-{port}")[:64]
 
 
 def _whole(text: str, what: str, least: int, most: int) -> int:

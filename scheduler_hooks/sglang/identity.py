@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from typing import Any
 
-from balancer.model import MAX_NAME_BYTES
+from balancer.model import MAX_NAME_BYTES, as_name
 from scheduler_hooks.plugin import PluginSettings
 
 _ANY_HOST = ("0.0.0.0", "::", "", None)
@@ -21,7 +20,7 @@ def engine_name(plugin: PluginSettings, server_args: Any) -> str:
         text = str(meeting)
     else:
         text = f"{socket.gethostname()}-{server_args.port}"
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[-MAX_NAME_BYTES:].lstrip("._-") or "sglang"
+    return as_name(text)[-MAX_NAME_BYTES:].lstrip("._-") or "sglang"
 
 
 def address(plugin: PluginSettings, server_args: Any) -> str:

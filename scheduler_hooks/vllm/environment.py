@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
 
 from balancer import InvalidInput
-from balancer.model import MAX_NAME_BYTES
+from balancer.model import MAX_NAME_BYTES, as_name
 
 OURS = ("scheduler_hooks", "balancer")
 _PORT_OF_SERVE = "8000"
@@ -21,7 +20,7 @@ _PORT_OF_SERVE = "8000"
 
 def default_engine(arguments: Sequence[str]) -> str:
     """HOST-PORT of `vllm serve`, by its command line; HOST-PID where that does not tell the port."""
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "host"
+    host = as_name(socket.gethostname()) or "host"
     return f"{host[: MAX_NAME_BYTES - 12]}-{_port(arguments) or os.getpid()}"
 
 
