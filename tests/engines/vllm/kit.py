@@ -64,7 +64,8 @@ def free_of_ours() -> dict[str, str]:
 
 @dataclass
 class VllmServer:
-    """A vLLM from the kit with the plugin in it. `name`: of its pool and its audit; `port`: of its API.
+    """A vLLM from the kit with the plugin in it. `name`: of its audit, and of its pool where `pool` names none, as the
+    nodes of one deployment do that share one; `port`: of its API.
 
     `audited`: its scheduler is `audit.AuditedScheduler`, which writes what the hook said beside the truth.
     """
@@ -78,12 +79,14 @@ class VllmServer:
     audited: bool = True
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    pool: str = ""
 
     def __post_init__(self) -> None:
         self.url = f"http://127.0.0.1:{self.port}"
         self.audit = HOME / "audit" / self.name
         self.log = HOME / "run" / f"{self.port}.log"
-        self.settings = Settings(url=self.redis_url, pool=self.name, budget_ms=5_000)
+        self.pool = self.pool or self.name
+        self.settings = Settings(url=self.redis_url, pool=self.pool, budget_ms=5_000)
 
     def start(self) -> None:
         """Start it, or find it running where servers are kept."""
@@ -97,7 +100,7 @@ class VllmServer:
             "READY_S": str(READY_S),
             "MODEL": self.model,
             "DP_BALANCER_URL": self.redis_url,
-            "DP_BALANCER_POOL": self.name,
+            "DP_BALANCER_POOL": self.pool,
             "DP_BALANCER_DISPATCH": "1",
             "DP_BALANCER_BUDGET_MS": "2000",  # for a machine where a turn on the CPU may take as long
             "PYTHONPATH": str(Path(__file__).parent),
@@ -177,19 +180,19 @@ class VllmServer:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One hand-over: what the hook said, what the scheduler's requests sum up to, when (ms)."""
+    """One hand-over: what the hook said and what the scheduler's requests sum up to (tokens, requests, pending tokens,
+    KV usage in thousandths), ids received, when (ms), and in which of the scheduler's own steps."""
 
     step: int
-    tokens: int
-    requests: int
-    own_tokens: int
-    own_requests: int
+    said: list[int]
+    own: list[int]
     received: int
     at_ms: int
+    turn: int
 
     @property
     def is_right(self) -> bool:
-        return (self.tokens, self.requests) == (self.own_tokens, self.own_requests)
+        return self.said == self.own
 
 
 def answers(port: int) -> bool:

@@ -40,7 +40,9 @@ def test_every_hand_over_is_the_schedulers_own_sum(redis_server: EmbeddedRedis, 
     said = run(redis_server, "play", 7, 400, form)
     assert said["wrong"] == []
     assert said["not_acknowledged"] == 0
-    assert said["at_the_end"] == [0, 0]
+    assert said["at_the_end"] == [0, 0, 0]
+    assert said["most_pending_tokens"] > 1_000
+    assert said["most_kv_permille"] > 900
     assert said["troubles"] == {}
     assert said["hand_overs"] > 400
     assert said["seen"]["aborts"] > 0
