@@ -126,9 +126,13 @@ class VllmServer:
         """Whether its /health says so."""
         return answers(self.port)
 
+    def session(self) -> int:
+        """Id of the session that all its processes are in."""
+        return int((HOME / "run" / f"{self.port}.pid").read_text().split()[0])
+
     def engine_pids(self) -> list[int]:
         """Process ids of its EngineCores, by rank."""
-        session = int((HOME / "run" / f"{self.port}.pid").read_text().split()[0])
+        session = self.session()
         found: dict[int, int] = {}
         for line in subprocess.check_output(["ps", "-eo", "pid,sid,args"], text=True).splitlines()[1:]:
             pid, sid, arguments = line.split(None, 2)

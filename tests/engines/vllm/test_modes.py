@@ -13,7 +13,7 @@ from itertools import count
 
 import pytest
 
-from balancer import Dispatcher
+from balancer import Dispatcher, Placement
 from balancer.marker import marked
 from tests.engines.vllm.kit import PORT, VllmServer, at_once, at_rest, need_vllm, redis_on, until
 
@@ -103,15 +103,9 @@ def test_two_nodes_of_a_hybrid_deployment_share_a_pool_and_each_places_on_its_ow
             sending.join()
             assert [status for status, _ in answers] == [200] * 4, answers
             at_rest(behind.settings)
-        seen = set()
-        for _ in range(8):  # a dispatcher outside, before both
-            request_id = f"hybrid-{next(numbers)}"
-            placement = dispatcher.dispatch(request_id, 10)
-            seen.add(placement.index)
+        for placement in placed_everywhere(dispatcher, 4):  # a dispatcher outside, before both
             number, local = divmod(placement.index, 2)  # a node counts from its own first rank
-            headers = {"X-Request-Id": marked(request_id), "X-data-parallel-rank": str(local)}
-            check_acknowledged(nodes[number], placement.index, dispatcher, headers)
-        assert seen == {0, 1, 2, 3}
+            check_acknowledged(nodes[number], placement, dispatcher, {"X-data-parallel-rank": str(local)})
         at_rest(nodes[0].settings)
         assert dispatcher.snapshot().expired == 0
 
@@ -126,17 +120,10 @@ def test_with_a_server_for_each_rank_the_dispatcher_outside_chooses_the_server(r
 
     servers = [server(0), server(1)]
     with deployed(servers), Dispatcher(servers[0].settings) as dispatcher:
-        seen = set()
-        for _ in range(6):
-            request_id = f"external-{next(numbers)}"
-            placement = dispatcher.dispatch(request_id, 10)
-            seen.add(placement.index)
-            check_acknowledged(
-                servers[placement.index], placement.index, dispatcher, {"X-Request-Id": marked(request_id)}
-            )
-        assert seen == {0, 1}
-        for rank, behind in enumerate(servers):  # whoever comes without a dispatcher has chosen the rank by its port
-            check_acknowledged(behind, rank, dispatcher, {})
+        for placement in placed_everywhere(dispatcher, 2):
+            check_acknowledged(servers[placement.index], placement, dispatcher, {})
+        for behind in servers:  # whoever comes without a dispatcher has chosen the rank by its port
+            assert behind.post("/v1/completions", COMPLETION)[0] == 200
         at_rest(servers[0].settings)
         assert dispatcher.snapshot().expired == 0
 
@@ -147,14 +134,24 @@ def in_flight(dispatcher: Dispatcher) -> dict[str, int]:
     return {rank.rank: rank.in_flight_requests for rank in ranks if rank.in_flight_requests}
 
 
-def check_acknowledged(server: VllmServer, rank: int, dispatcher: Dispatcher, headers: dict[str, str]) -> None:
-    """A request with these headers is answered, and received by this rank and no other of its server."""
+def placed_everywhere(dispatcher: Dispatcher, ranks: int) -> list[Placement]:
+    """Requests that are booked and not sent yet, one on each rank."""
+    placements = [dispatcher.dispatch(f"everywhere-{next(numbers)}", 10) for _ in range(ranks)]
+    assert {placement.index for placement in placements} == set(range(ranks))
+    return placements
+
+
+def check_acknowledged(
+    server: VllmServer, placement: Placement, dispatcher: Dispatcher, headers: dict[str, str]
+) -> None:
+    """A request placed there is answered, received by its rank and no other of its server, and its booking ends."""
     before = received_by(server)
-    status, text = server.post("/v1/completions", COMPLETION, headers)
+    mark = {"X-Request-Id": marked(placement.request.request_id)}
+    status, text = server.post("/v1/completions", COMPLETION, headers | mark)
     assert status == 200, text
-    until(lambda: dispatcher.snapshot().bookings == 0, "the booking has ended")
+    until(lambda: placement.rank not in in_flight(dispatcher), "the booking has ended")
     after = received_by(server)
-    assert [index for index in after if after[index] > before.get(index, 0)] == [rank]
+    assert [index for index in after if after[index] > before.get(index, 0)] == [placement.index]
 
 
 def received_by(server: VllmServer) -> dict[int, int]:
