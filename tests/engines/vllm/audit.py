@@ -2,6 +2,8 @@
 
 Runs inside each EngineCore. At every hand-over of the hook it writes a line to $VLLM_AUDIT/RANK.jsonl: what the hook
 said beside what the scheduler's requests sum up to, counted from nothing. The test compares the two, and Redis to them.
+$VLLM_AUDIT/RANK.reports has a line for each report to Redis: step, when it began, how long it and its thread's CPU took
+(ms).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from scheduler_hooks.publisher import Publisher
 from scheduler_hooks.step_hook import StepHook
 
 
@@ -47,6 +50,20 @@ class AuditedScheduler(Scheduler):
             lines.write(json.dumps([*line, round(time.time() * 1000), self.turn]) + "\n")
 
         StepHook.after_step = audited  # type: ignore[method-assign]
+        reports = (Path(os.environ["VLLM_AUDIT"]) / f"{rank}.reports").open("a", buffering=1)
+        publish = Publisher._publish
+
+        def timed(publisher: Publisher) -> float:
+            began, began_cpu = time.time(), time.thread_time()
+            try:
+                return publish(publisher)
+            finally:
+                took, took_cpu = time.time() - began, time.thread_time() - began_cpu
+                reports.write(
+                    json.dumps([publisher._step, *(round(s * 1e3, 1) for s in (began, took, took_cpu))]) + "\n"
+                )
+
+        Publisher._publish = timed  # type: ignore[method-assign]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Count the scheduler's own steps; the hook hands over at ends of requests too."""

@@ -163,6 +163,14 @@ class VllmServer:
             found[path.stem] = {line.step: line for line in lines}
         return found
 
+    def report_ms(self) -> dict[str, float]:
+        """How long reports to Redis took, of all ranks together, and the CPU time in them (ms)."""
+        lines = [json.loads(line) for path in self.audit.glob("*.reports") for line in path.read_text().splitlines()]
+        took, cpu = sorted(line[2] for line in lines), sorted(line[3] for line in lines)
+        shares = {"p50": 0.5, "p99": 0.99, "most": 1.0}
+        found = {name: took[int((len(took) - 1) * share)] for name, share in shares.items()} if took else {}
+        return found | ({"cpu_p50": cpu[len(cpu) // 2]} if cpu else {})
+
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, str]:
         """One request; its status and answer."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=300)

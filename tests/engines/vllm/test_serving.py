@@ -84,7 +84,7 @@ class Sampler:
         self._thread.join()
 
 
-def check_exact(server: VllmServer, snapshots: list[PoolSnapshot]) -> dict[str, float]:
+def check_exact(server: VllmServer, snapshots: list[PoolSnapshot]) -> dict[str, Any]:
     """Every hand-over was the scheduler's own sum, and what Redis held was that of the very step it named.
 
     Returns how many hand-overs and looks that was, and how far Redis was behind the scheduler when looked at: in the
@@ -114,6 +114,7 @@ def check_exact(server: VllmServer, snapshots: list[PoolSnapshot]) -> dict[str, 
     return {
         "hand_overs": sum(map(len, steps.values())),
         "looks": looked,
+        "report_ms": server.report_ms(),
         "pending_most": max((line.own[2] for lines in steps.values() for line in lines.values()), default=0),
         **{
             f"{name}_{p}": values[int(len(values) * p / 100)]
