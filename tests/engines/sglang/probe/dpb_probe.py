@@ -1,6 +1,7 @@
 """A second plugin, beside ours, that takes the time of what ours does inside SGLang; for measurements only.
 
-Found by SGLang where this folder is on PYTHONPATH. Writes DPB_PROBE_DIR/PID.json, {what: [seconds, …]}, as it goes.
+Found by SGLang where this folder is on PYTHONPATH. Adds to DPB_PROBE_DIR/PID.jsonl a line {what: [seconds, …]} now and
+then. In a SGLang without dp-balancer it takes the controller's time alone, to compare with.
 """
 
 from __future__ import annotations
@@ -8,27 +9,32 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-MOST, EVERY = 20_000, 200
-_taken: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MOST))
-_calls = 0
+CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+EVERY_S = 1.0
+OUTERMOST = ("counting", "controller")
+"""What no other time has in it: writing the file after these is in nobody's."""
+_taken: dict[str, list[float]] = defaultdict(list)
+_written_s = 0.0
 
 
 def register() -> None:
     folder = os.environ.get("DPB_PROBE_DIR")
     if not folder:
         return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     from balancer import Dispatcher
     from scheduler_hooks.gather import TorchGather
     from scheduler_hooks.publisher import Publisher
     from scheduler_hooks.sglang.counting import Counting
     from scheduler_hooks.step_hook import StepHook
 
-    file = Path(folder) / f"{os.getpid()}.json"
+    file = Path(folder) / f"{os.getpid()}.jsonl"
     for owner, name, what in (
         (Counting, "held", "counting"),
         (StepHook, "after_step", "after_step"),
@@ -37,6 +43,13 @@ def register() -> None:
         (Dispatcher, "dispatch_many", "dispatch"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), what, file))
+
+    def before_its_table_is_made(controller: Any) -> None:
+        """All hooks are in place by now, so this is around them, and around SGLang's own method without them."""
+        kind = type(controller)
+        kind.dispatching_with_trace = _timed(kind.dispatching_with_trace, "controller", file)
+
+    HookRegistry.register(f"{CONTROLLER}.init_dispatcher", before_its_table_is_made, HookType.BEFORE)
 
 
 def _timed(function: Any, what: str, file: Path) -> Any:
@@ -52,10 +65,10 @@ def _timed(function: Any, what: str, file: Path) -> Any:
 
 
 def _note(what: str, seconds: float, file: Path) -> None:
-    global _calls
+    global _written_s
     _taken[what].append(seconds)
-    _calls += 1
-    if _calls % EVERY == 0:
-        fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps({name: list(values) for name, values in _taken.items()}))
-        fresh.rename(file)
+    if what in OUTERMOST and time.monotonic() - _written_s > EVERY_S:
+        _written_s = time.monotonic()
+        with file.open("a") as lines:
+            lines.write(json.dumps(_taken) + "\n")
+        _taken.clear()
