@@ -34,11 +34,12 @@ PORT = int(os.environ.get("DPB_SGLANG_PORT", "30010"))
 
 @dataclass(frozen=True)
 class Form:
-    """How many ranks, by DP attention or by plain DP, and in which form they report."""
+    """How many ranks, by DP attention or by plain DP, in which form they report, and in which of SGLang's loops."""
 
     ranks: int
     has_attention: bool
     reports: str
+    overlaps: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -52,6 +53,8 @@ FORMS = {
     "plain-dp": Form(2, False, "leader"),
     "attention-gather-4": Form(4, True, "gather"),
     "attention-leader-4": Form(4, True, "leader"),
+    "overlap-gather": Form(2, True, "gather", overlaps=True),
+    "overlap-leader": Form(2, True, "leader", overlaps=True),
 }
 CHOSEN = os.environ.get("DPB_SGLANG_FORMS", ",".join(FORMS)).split(",")
 CHUNK = 256
@@ -83,6 +86,7 @@ def server(form: str, link: Link, tmp_path_factory: pytest.TempPathFactory) -> I
         PYTHONPATH=str(PROBE),
         SGLANG_PLUGINS="dp_balancer,dpb_probe",
         DP_BALANCER_FORM=FORMS[form].reports,
+        DPB_OVERLAP="1" if FORMS[form].overlaps else "0",
     ) as server:
         yield server
         print(f"\n{form}\n{costs(probed)}")
@@ -121,6 +125,7 @@ def test_it_says_once_what_is_attached(server: SGLangServer, shape: Form) -> Non
         assert len(server.said(f"dp-balancer reports e, {shape.ranks} ranks", "(gather form)")) == 1
     else:
         assert len(server.said("dp-balancer reports e/", "(leader form)")) == shape.ranks
+    assert len(server.said("the overlap loop")) == (shape.ranks if shape.overlaps else 0)
     assert not server.said("does not gather")
     assert not server.said("the engine goes on without")
 

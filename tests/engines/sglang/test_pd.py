@@ -77,7 +77,8 @@ class Pair:
 def pair(redis_process: EmbeddedRedis) -> Iterator[Pair]:
     assert not what_is_missing(), what_is_missing()
     prefill = server("prefill", PORT, redis_process, "--load-balance-method", "total_tokens")
-    decode = server("decode", PORT + 300, redis_process)
+    # What it backs retracted requests up in by default is a buffer pinned for a GPU.
+    decode = server("decode", PORT + 300, redis_process, "--disaggregation-decode-retraction-backup", "cpu_tensor")
     with ExitStack() as stack:
         stack.callback(prefill.stop)
         stack.callback(decode.stop)

@@ -1,12 +1,14 @@
-"""A second plugin, beside ours, that takes the time of what ours does inside SGLang; for measurements only.
+"""A second plugin, beside ours, that takes the time of what ours does inside SGLang; for tests and measurements only.
 
 Found by SGLang where this folder is on PYTHONPATH. Adds to DPB_PROBE_DIR/PID.jsonl a line {what: [seconds, …]} now and
-then. In a SGLang without dp-balancer it takes the controller's time alone, to compare with.
+then. In a SGLang without dp-balancer it takes the controller's time alone, to compare with. With DPB_OVERLAP=1 it takes
+back the flag by which the kit switches SGLang's overlap scheduling off, and says when a scheduler enters that loop.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import defaultdict
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 EVERY_S = 1.0
 OUTERMOST = ("counting", "controller")
 """What no other time has in it: writing the file after these is in nobody's."""
@@ -23,9 +26,26 @@ _written_s = 0.0
 
 
 def register() -> None:
-    folder = os.environ.get("DPB_PROBE_DIR")
-    if not folder:
-        return
+    if os.environ.get("DPB_OVERLAP") == "1":
+        _with_overlap()
+    if folder := os.environ.get("DPB_PROBE_DIR"):
+        _with_times(folder)
+
+
+def _with_overlap() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def arguments(argv: list[str]) -> tuple[tuple[list[str]], dict[str, Any]]:
+        return ([word for word in argv if word != "--disable-overlap-schedule"],), {}
+
+    def entered(scheduler: Any) -> None:
+        logging.getLogger("dpb_probe").warning("%s: the overlap loop", type(scheduler).__name__)
+
+    HookRegistry.register("sglang.srt.server_args.prepare_server_args", arguments, HookType.BEFORE)
+    HookRegistry.register(f"{SCHEDULER}.event_loop_overlap", entered, HookType.BEFORE)
+
+
+def _with_times(folder: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from balancer import Dispatcher
