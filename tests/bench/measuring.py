@@ -86,6 +86,19 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+_T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower end of the 95 % interval of the mean (Student's t), the mean, upper end; a single value is all three."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return (mean,) * 3
+    t = _T_95[min(len(values) - 1, len(_T_95)) - 1]
+    half = t * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean, mean + half
+
+
 def table(title: str, rows: Sequence[Row]) -> str:
     """The rows as text, one line each."""
     lines = [("", "against", "median", "quartiles", "target", "")]

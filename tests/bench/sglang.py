@@ -1,8 +1,13 @@
 """`make bench-sglang`: the seed's table on a real SGLang, 100 prompts, round robin beside minimum tokens.
 
-Two servers of the same SGLang, one plain (its own round robin), one with dp-balancer in it; SGLang's own bench client
-speaks to both in turn, as many rounds as asked for, in alternating order, and each figure is the median of its rounds.
-What dp-balancer costs inside the engine is taken by a probe and stands below the table.
+Two servers of the same SGLang, one plain (its own round robin), one with dp-balancer in it. SGLang's own bench client
+speaks to both in turn, in alternating order, and each figure is the median of its rounds. Then as many short pairs of
+rounds as asked for, a closed loop of equal requests: what the plugin costs in throughput, with its interval. A probe
+takes what dp-balancer costs inside the engine, and the controller's dispatch with it and without.
+
+Both servers stay up, but the one that is not asked is frozen (SIGSTOP): SGLang's schedulers and its controller spin
+when idle, and two idle servers take two cores from the one that works. About five minutes on two cores; the seed's
+longer prompts come back with ARGS="--input 1024 --output 128".
 """
 
 from __future__ import annotations
@@ -12,11 +17,16 @@ import json
 import statistics
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks.demo.table import render
+from tests.bench.measuring import interval
 from tests.engines.sglang.probe import PROBE, costs
 from tests.engines.sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
 
@@ -45,9 +55,35 @@ def bench(server: SGLangServer, arguments: argparse.Namespace, seed: int) -> dic
         words = ["--num-prompts", str(arguments.prompts), "--request-rate", str(arguments.rate), "--seed", str(seed)]
         lengths = ["--random-input-len", str(arguments.input), "--random-output-len", str(arguments.output)]
         command = [str(KIT / "bench-sglang"), server.url, *words, *lengths, "--output-file", str(rows)]
-        subprocess.run(command, check=True, capture_output=True, timeout=900)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if said.returncode or not rows.exists():
+            raise SystemExit(f"SGLang's bench client failed:\n{said.stderr[-2000:]}")
         found: dict[str, Any] = json.loads(rows.read_text().splitlines()[-1])
         return found
+
+
+def closed_loop(server: SGLangServer, requests: int = 64, at_once: int = 16) -> float:
+    """Output tokens per second of equal requests, `at_once` of them at a time."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = list(pool.map(lambda _: server.generate(64, 32), range(requests)))
+    tokens = sum(int(answer["meta_info"]["completion_tokens"]) for answer in answers)
+    return tokens / (time.monotonic() - began)
+
+
+@contextmanager
+def alone(server: SGLangServer) -> Iterator[SGLangServer]:
+    """The server awake, and warm, for the length of a run; frozen before and after."""
+    server.thaw()
+    try:
+        server.generate(8, 2)
+        yield server
+    finally:
+        server.freeze()
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def main() -> None:
@@ -57,6 +93,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=512, help="most prompt tokens")
     parser.add_argument("--output", type=int, default=32, help="most output tokens")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of short rounds for the throughput; 0 for none")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--form", default="auto")
     parser.add_argument("--port", type=int, default=30200)
@@ -65,7 +102,9 @@ def main() -> None:
         raise SystemExit(problem)
     ranks = str(arguments.ranks)
     flags = ("--tp", ranks, "--dp", ranks, "--enable-dp-attention")
-    with EmbeddedRedis() as redis, tempfile.TemporaryDirectory() as probed:
+    with EmbeddedRedis() as redis, tempfile.TemporaryDirectory() as probed, tempfile.TemporaryDirectory() as bare:
+        probe = {"PYTHONPATH": str(PROBE)}
+        plain = SGLangServer(arguments.port, *flags, SGLANG_PLUGINS="dpb_probe", DPB_PROBE_DIR=bare, **probe)
         ours = SGLangServer(
             arguments.port + 300,  # SGLang takes some ports above its own
             *flags,
@@ -73,24 +112,60 @@ def main() -> None:
             DP_BALANCER_POOL="bench",
             DP_BALANCER_FORM=arguments.form,
             DPB_PROBE_DIR=probed,
-            PYTHONPATH=str(PROBE),
             SGLANG_PLUGINS="dp_balancer,dpb_probe",
+            **probe,
         )
-        with SGLangServer(arguments.port, *flags) as plain, ours:
-            rows: dict[str, list[dict[str, Any]]] = {"round_robin": [], "minimum_tokens": []}
-            order = [("round_robin", plain), ("minimum_tokens", ours)]
-            for number in range(arguments.rounds):
-                for name, server in order if number % 2 == 0 else reversed(order):
-                    rows[name].append(bench(server, arguments, seed=number))
+        say("starting plain SGLang")
+        with plain:
+            plain.freeze()
+            say("starting SGLang with dp-balancer")
+            with ours:
+                ours.freeze()
+                rows, pairs = measure(arguments, {"round_robin": plain, "minimum_tokens": ours})
         print(
-            f"{arguments.rounds} rounds of {arguments.prompts} prompts, {ranks} ranks with DP attention, SGLang 0.5.23"
+            f"\n{arguments.rounds} rounds of {arguments.prompts} prompts (up to {arguments.input} + {arguments.output} "
+            f"tokens, rate {arguments.rate}), {ranks} ranks with DP attention, SGLang 0.5.23"
         )
         print("\n" + render({name: _figures(found) for name, found in rows.items()}))
-        print("\n" + costs(Path(probed)))
-        out = ROOT / "out"
-        out.mkdir(exist_ok=True)
-        (out / "bench-sglang.json").write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, default=str))
-        print(f"\nserver logs: {engines_home() / 'run'}; every figure: out/bench-sglang.json")
+        if pairs:
+            low, mean, high = interval([100 * (ours / plain - 1) for plain, ours in pairs])
+            print(
+                f"\nthroughput with dp-balancer against plain, {len(pairs)} pairs of short rounds: "
+                f"{mean:+.1f} % (95 %: {low:+.1f} to {high:+.1f} %)"
+            )
+        print(f"\nwith dp-balancer\n{costs(Path(probed))}\n\nplain\n{costs(Path(bare))}")
+    out = ROOT / "out"
+    out.mkdir(exist_ok=True)
+    (out / "bench-sglang.json").write_text(
+        json.dumps({"arguments": vars(arguments), "rows": rows, "pairs": pairs}, default=str)
+    )
+    print(f"\nserver logs: {engines_home() / 'run'}; every figure: out/bench-sglang.json")
+
+
+def measure(
+    arguments: argparse.Namespace, servers: dict[str, SGLangServer]
+) -> tuple[dict[str, list[dict[str, Any]]], list[list[float]]]:
+    """The bench client's rows by method; the throughputs of each pair of short rounds, in the order of `servers`."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for number in range(arguments.rounds):
+        for name in _turns(servers, number):
+            with alone(servers[name]) as server:
+                rows[name].append(bench(server, arguments, seed=number))
+            say(f"round {number + 1} of {arguments.rounds}, {name}: {rows[name][-1]['duration']:.1f} s")
+    pairs = []
+    for number in range(arguments.pairs):
+        speed = {}
+        for name in _turns(servers, number):
+            with alone(servers[name]) as server:
+                speed[name] = closed_loop(server)
+        pairs.append([speed[name] for name in servers])
+        say(f"pair {number + 1} of {arguments.pairs}: " + ", ".join(f"{s:,.0f} tokens/s" for s in pairs[-1]))
+    return rows, pairs
+
+
+def _turns(servers: dict[str, SGLangServer], number: int) -> list[str]:
+    names = list(servers)
+    return names if number % 2 == 0 else names[::-1]
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:

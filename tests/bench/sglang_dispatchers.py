@@ -1,12 +1,12 @@
 """Four dispatchers outside a real SGLang, each in a process of its own, and bursts: how evenly are its ranks filled?
 
-    python -m tests.bench.sglang_dispatchers http://127.0.0.1:30020 redis://127.0.0.1:6379/0 four
+    python -m tests.bench.sglang_dispatchers
 
-The server has dp-balancer's hook in it and DP_BALANCER_DISPATCH=0; started with --load-balance-method total_tokens, its
-own controller is one of the methods. The hook's counts in Redis are the measure for all of them: every 20 ms the tokens
-held by the fullest rank over the mean, weighted by the mean.
+A server with four ranks (plain DP), dp-balancer's hook in it and DP_BALANCER_DISPATCH=0; its own controller balances by
+total_tokens, and is one of the methods. The hook's counts in Redis are the measure for all of them: every 20 ms the
+tokens held by the fullest rank over the mean, weighted by the mean. The methods take turns, seed by seed.
 
-    shared          dp-balancer: one EVAL per request
+    shared/POLICY   dp-balancer: one EVAL per request, by that policy
     round_robin     each dispatcher its own turn
     polling         the least of /v1/loads, polled by each dispatcher every INTERVAL ms
     polling+own     the same, plus what the dispatcher itself has sent since
@@ -19,18 +19,23 @@ import argparse
 import json
 import multiprocessing
 import random
+import re
 import statistics
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from balancer import Dispatcher, Settings
+from balancer import Dispatcher, PoolAdmin, Settings
+from balancer.embedded import EmbeddedRedis
+from tests.bench.measuring import interval
+from tests.bench.sglang import say
+from tests.engines.sglang.server import ROOT, SGLangServer, what_is_missing
 
-METHODS = ("shared", "round_robin", "polling", "polling+own", "controller")
+METHODS = ("shared/envelope", "shared/minimum_tokens", "round_robin", "polling", "polling+own", "controller")
+POOL = "four"
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -43,9 +48,11 @@ class Chooser:
         self._turn = self._rng.randrange(self._ranks)
         self._seen = [0] * self._ranks
         self._lock = threading.Lock()
-        self._dispatcher = Dispatcher(Settings(url=redis, pool=pool, budget_ms=2_000)) if method == "shared" else None
+        self._dispatcher = (
+            Dispatcher(Settings(url=redis, pool=pool, budget_ms=2_000)) if method.startswith("shared") else None
+        )
         self._adds = method == "polling+own"
-        self.choose: Callable[[str, int], int | None] = getattr(self, "_" + method.split("+")[0])
+        self.choose: Callable[[str, int], int | None] = getattr(self, "_" + re.split("[/+]", method)[0])
         if method.startswith("polling"):
             threading.Thread(target=self._poll, args=(server, interval_ms / 1000), daemon=True).start()
             time.sleep(2 * interval_ms / 1000)
@@ -88,7 +95,7 @@ def dispatcher(
 ) -> None:
     """One process: at each beginning a burst, all its requests at once."""
     rng = random.Random(f"{seed}-{number}")
-    chooser = Chooser(method, arguments.server, arguments.redis, arguments.pool, seed * 10 + number, arguments.interval)
+    chooser = Chooser(method, arguments.server, arguments.redis, POOL, seed * 10 + number, arguments.interval)
     with ThreadPoolExecutor(arguments.each) as pool:
         for burst in range(arguments.bursts):
             begin.wait()
@@ -136,7 +143,7 @@ def measure(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
         process.start()
     peaks = means = 0.0
     began = time.monotonic()
-    with Dispatcher(Settings(url=arguments.redis, pool=arguments.pool, budget_ms=5_000)) as looker:
+    with Dispatcher(Settings(url=arguments.redis, pool=POOL, budget_ms=5_000)) as looker:
         for _ in range(arguments.bursts):
             begin.wait()
             waiter = threading.Thread(target=done.wait)
@@ -152,33 +159,48 @@ def measure(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("server")
-    parser.add_argument("redis")
-    parser.add_argument("pool")
     parser.add_argument("--dispatchers", type=int, default=4)
     parser.add_argument("--each", type=int, default=12, help="requests per dispatcher and burst")
-    parser.add_argument("--bursts", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--intervals", default="100", help="polling intervals in ms, with commas")
+    parser.add_argument("--bursts", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--interval", type=int, default=100, help="between two polls, in ms")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--port", type=int, default=30700)
     arguments = parser.parse_args()
-    rows = []
-    for interval in map(int, arguments.intervals.split(",")):
-        arguments.interval = interval
-        for method in METHODS:
-            if interval != int(arguments.intervals.split(",")[0]) and not method.startswith("polling"):
-                continue
-            name = f"{method} {interval} ms" if method.startswith("polling") else method
-            found = [measure(method, seed, arguments) for seed in range(arguments.seeds)]
-            ratios = [one["max_over_mean"] for one in found]
-            failed = sum(one["failed"] for one in found)
-            print(
-                f"{name:<20} max/mean {statistics.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                f"   {statistics.mean(one['seconds'] for one in found):6.1f} s   {failed:.0f} failed",
-                flush=True,
-            )
-            rows.append({"method": name, "runs": found})
-    Path("out").mkdir(exist_ok=True)
-    Path("out/sglang-dispatchers.json").write_text(json.dumps(rows))
+    if problem := what_is_missing():
+        raise SystemExit(problem)
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    with EmbeddedRedis() as redis:
+        flags = ("--dp", str(arguments.ranks), "--load-balance-method", "total_tokens", "--sleep-on-idle")
+        environment = {"DP_BALANCER_URL": str(redis.url), "DP_BALANCER_POOL": POOL, "DP_BALANCER_DISPATCH": "0"}
+        say(f"starting SGLang with {arguments.ranks} ranks")
+        with SGLangServer(arguments.port, *flags, **environment) as server:
+            arguments.server, arguments.redis = server.url, str(redis.url)
+            admin = PoolAdmin(Settings(url=arguments.redis, pool=POOL, budget_ms=5_000))
+            for seed in range(arguments.seeds):
+                for method in METHODS if seed % 2 == 0 else METHODS[::-1]:
+                    if method.startswith("shared/"):
+                        admin.configure(policy=method.partition("/")[2])
+                    runs[method].append(measure(method, seed, arguments))
+                    said = runs[method][-1]
+                    say(f"seed {seed}, {method:<22} {said['max_over_mean']:.2f}  {said['seconds']:.1f} s")
+            admin.close()
+    print(f"\n{'':<24}{'max/mean':>9}{'95 % interval':>16}{'lowest, highest':>18}{'seconds':>9}{'failed':>8}")
+    for method, found in runs.items():
+        ratios = [one["max_over_mean"] for one in found]
+        low, mean, high = interval(ratios)
+        seconds, failed = statistics.mean(one["seconds"] for one in found), sum(one["failed"] for one in found)
+        print(
+            f"{method:<24}{mean:>9.2f}{f'{low:.2f} to {high:.2f}':>16}{f'{min(ratios):.2f}, {max(ratios):.2f}':>18}"
+            f"{seconds:>9.1f}{failed:>8.0f}"
+        )
+    print("\nagainst shared/envelope, seed by seed")
+    for method in METHODS[1:]:
+        pairs = zip(runs[method], runs[METHODS[0]], strict=True)
+        low, mean, high = interval([one["max_over_mean"] - ours["max_over_mean"] for one, ours in pairs])
+        print(f"{method:<24}{mean:>+9.2f}{f'{low:+.2f} to {high:+.2f}':>16}")
+    (ROOT / "out").mkdir(exist_ok=True)
+    (ROOT / "out" / "sglang-dispatchers.json").write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ class Link:
             for one in list(self._open):
                 _shut(one)
 
+    def lead_to(self, redis_port: int) -> None:
+        """From now on to another Redis; open connections are reset."""
+        self.redis_port = redis_port
+        for one in list(self._open):
+            _shut(one)
+
     def close(self) -> None:
         self._ended.set()
         self._listener.close()

@@ -1,6 +1,7 @@
 """A real SGLang on this machine's CPU, started by the kit beside the checkout: `../shared/engines/sglang`.
 
 The server is unmodified SGLang with dp-balancer installed beside it (editable); everything else comes by environment.
+DPB_SGLANG_PATH: a folder with another release's wheel unpacked, which then takes the place of the kit's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import urllib.error
 import urllib.request
@@ -47,6 +49,8 @@ class SGLangServer:
         self.url = f"http://127.0.0.1:{port}"
         plugins = "dp_balancer" if "DP_BALANCER_URL" in environment else "none"
         self.environment = {"SGLANG_PLUGINS": plugins, "DP_BALANCER_BUDGET_MS": "250", **environment}
+        paths = (os.environ.get("DPB_SGLANG_PATH"), environment.get("PYTHONPATH"))
+        self.environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.log_file = engines_home() / "run" / f"{port}.log"
 
     def start(self) -> SGLangServer:
@@ -61,6 +65,7 @@ class SGLangServer:
         return self
 
     def stop(self) -> None:
+        self.thaw()
         subprocess.run([KIT / "sglang" / "stop", str(self.port)], capture_output=True, check=True)
 
     def __enter__(self) -> SGLangServer:
@@ -68,6 +73,16 @@ class SGLangServer:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+    def freeze(self) -> None:
+        """Stop all its processes in place: an idle SGLang spins, and would take a core from what is measured."""
+        for pid in self.pids():
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        for pid in self.pids():
+            os.kill(pid, signal.SIGCONT)
 
     # -- what one can ask it
 
@@ -93,6 +108,11 @@ class SGLangServer:
         """DP rank -> tokens, as SGLang counts them itself."""
         return {load["dp_rank"]: load["num_total_tokens"] for load in self.get("/v1/loads?include=core")["loads"]}
 
+    def requests(self) -> int:
+        """Requests that its schedulers hold, running and queued, as SGLang counts them itself."""
+        loads = self.get("/v1/loads?include=core")["loads"]
+        return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+
     def log(self) -> str:
         return re.sub(r"\x1b\[[0-9;]*m", "", self.log_file.read_text(errors="replace"))
 
@@ -100,9 +120,12 @@ class SGLangServer:
         """The lines of its log that hold all of `words`."""
         return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
-    def pids(self, title: str) -> list[int]:
+    def pids(self, title: str = "") -> list[int]:
         """Processes of this server whose title begins so: `sglang::scheduler`, `sglang::data_parallel_controller`."""
-        session = int((engines_home() / "run" / f"{self.port}.pid").read_text().split()[0])
+        try:
+            session = int((engines_home() / "run" / f"{self.port}.pid").read_text().split()[0])
+        except FileNotFoundError:
+            return []
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:

@@ -12,12 +12,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import redis
 
-from balancer import Dispatcher, Placement, PoolSnapshot, Request, Settings, UnknownPool
+from balancer import BalancerError, Dispatcher, Placement, PoolSnapshot, Request, Settings, UnknownPool
 from balancer.embedded import EmbeddedRedis
 from tests.engines.sglang.link import Link
 from tests.engines.sglang.load import Load
@@ -27,13 +30,34 @@ from tests.engines.sglang.server import SGLangServer, what_is_missing
 Eventually = Callable[..., float]
 
 PORT = int(os.environ.get("DPB_SGLANG_PORT", "30010"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """How many ranks, by DP attention or by plain DP, in which form they report, and in which of SGLang's loops."""
+
+    ranks: int
+    has_attention: bool
+    reports: str
+    overlaps: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        count = str(self.ranks)
+        return ("--tp", count, "--dp", count, "--enable-dp-attention") if self.has_attention else ("--dp", count)
+
+
 FORMS = {
-    "attention-gather": (("--tp", "2", "--dp", "2", "--enable-dp-attention"), {"DP_BALANCER_FORM": "gather"}),
-    "attention-leader": (("--tp", "2", "--dp", "2", "--enable-dp-attention"), {"DP_BALANCER_FORM": "leader"}),
-    "plain-dp": (("--dp", "2"), {}),
+    "attention-gather": Form(2, True, "gather"),
+    "attention-leader": Form(2, True, "leader"),
+    "plain-dp": Form(2, False, "leader"),
+    "attention-gather-4": Form(4, True, "gather"),
+    "attention-leader-4": Form(4, True, "leader"),
+    "overlap-gather": Form(2, True, "gather", overlaps=True),
+    "overlap-leader": Form(2, True, "leader", overlaps=True),
 }
 CHOSEN = os.environ.get("DPB_SGLANG_FORMS", ",".join(FORMS)).split(",")
-CHUNK = 128
+CHUNK = 256
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
@@ -42,22 +66,27 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
+def shape(form: str) -> Form:
+    return FORMS[form]
+
+
+@pytest.fixture(scope="module")
 def server(form: str, link: Link, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     assert not what_is_missing(), what_is_missing()
-    flags, environment = FORMS[form]
     probed = tmp_path_factory.mktemp("probe")
     with SGLangServer(
         PORT,
-        *flags,
+        *FORMS[form].flags,
         "--chunked-prefill-size",
-        str(2 * CHUNK),
+        str(CHUNK * (FORMS[form].ranks if FORMS[form].has_attention else 1)),  # SGLang divides it under DP attention
         DP_BALANCER_URL=link.url,
         DP_BALANCER_POOL=form,
         DP_BALANCER_ENGINE="e",
         DPB_PROBE_DIR=str(probed),
         PYTHONPATH=str(PROBE),
         SGLANG_PLUGINS="dp_balancer,dpb_probe",
-        **environment,
+        DP_BALANCER_FORM=FORMS[form].reports,
+        DPB_OVERLAP="1" if FORMS[form].overlaps else "0",
     ) as server:
         yield server
         print(f"\n{form}\n{costs(probed)}")
@@ -82,32 +111,44 @@ def agrees(snapshot: PoolSnapshot, counted: dict[int, int]) -> bool:
     return {int(rank.rank.rpartition("/")[2]): rank.holding_tokens for rank in snapshot.ranks} == counted
 
 
-def test_it_says_once_what_is_attached(server: SGLangServer, form: str) -> None:
+def requests_held(snapshot: PoolSnapshot) -> int:
+    return sum(rank.requests for rank in snapshot.ranks)
+
+
+def requests_in_flight(snapshot: PoolSnapshot) -> int:
+    return sum(rank.in_flight_requests for rank in snapshot.ranks)
+
+
+def test_it_says_once_what_is_attached(server: SGLangServer, shape: Form) -> None:
     assert len(server.said("dp-balancer places the requests of engine e")) == 1
-    if form == "attention-gather":
-        assert len(server.said("dp-balancer reports e, 2 ranks", "(gather form)")) == 1
+    if shape.reports == "gather":
+        assert len(server.said(f"dp-balancer reports e, {shape.ranks} ranks", "(gather form)")) == 1
     else:
-        assert len(server.said("dp-balancer reports e/", "(leader form)")) == 2
+        assert len(server.said("dp-balancer reports e/", "(leader form)")) == shape.ranks
+    assert len(server.said("the overlap loop")) == (shape.ranks if shape.overlaps else 0)
     assert not server.said("does not gather")
     assert not server.said("the engine goes on without")
 
 
 def test_under_load_nothing_fails_and_at_rest_nothing_is_left(
-    server: SGLangServer, outside: Dispatcher, eventually: Eventually
+    server: SGLangServer, shape: Form, outside: Dispatcher, eventually: Eventually
 ) -> None:
-    with Load(server, streams=6) as load:
+    with Load(server, streams=3 * shape.ranks) as load:
         load.after(40)
     assert not load.failed
-    assert {rank for rank, _ in load.answered} == {0, 1}
+    assert {rank for rank, _ in load.answered} == set(range(shape.ranks))
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is held and nothing in flight")
     eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
 
-def test_a_batch_is_spread_and_acknowledged(server: SGLangServer, outside: Dispatcher, eventually: Eventually) -> None:
+def test_a_batch_is_spread_and_acknowledged(
+    server: SGLangServer, shape: Form, outside: Dispatcher, eventually: Eventually
+) -> None:
     sampling = {"max_new_tokens": 4, "ignore_eos": True}
-    answers = server.post("/generate", {"input_ids": [[9] * 30 for _ in range(10)], "sampling_params": sampling})
+    batch = [[9] * 30 for _ in range(5 * shape.ranks)]
+    answers = server.post("/generate", {"input_ids": batch, "sampling_params": sampling})
     ranks = [answer["meta_info"]["dp_rank"] for answer in answers]
-    assert sorted(ranks) == [0] * 5 + [1] * 5
+    assert sorted(ranks) == sorted(5 * list(range(shape.ranks)))
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
 
 
@@ -126,6 +167,19 @@ def test_while_a_long_prompt_is_prefilled_its_rank_counts_all_of_it(
     last = len(seen) - next(at for at, load in enumerate(reversed(seen)) if load)
     assert min(seen[first:last]) >= 3_000
     assert max(seen) <= 3_010
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
+
+
+def test_while_a_long_prompt_is_prefilled_short_ones_go_to_the_other_ranks(
+    server: SGLangServer, outside: Dispatcher, eventually: Eventually
+) -> None:
+    """SGLang's own `total_tokens` sends them after it (`python -m tests.bench.sglang_long_prompt`)."""
+    with ThreadPoolExecutor(10) as pool:
+        long = pool.submit(server.generate, 6_000, 2)
+        eventually(lambda: requests_held(outside.snapshot()), "it has been received")
+        short = [pool.submit(server.generate, 100, 2) for _ in range(8)]
+        ranks = [answer.result()["meta_info"]["dp_rank"] for answer in short]
+        assert long.result()["meta_info"]["dp_rank"] not in ranks
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
 
 
@@ -195,7 +249,106 @@ def test_a_prompt_that_is_too_long_is_refused_and_leaves_nothing(
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
 
 
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_of_generation_loses_nothing(
+    server: SGLangServer, outside: Dispatcher, mode: str, eventually: Eventually
+) -> None:
+    """As before new weights: what runs waits, what comes meanwhile waits in SGLang's front, and is in flight."""
+    expired = outside.snapshot().expired
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(server.generate, 30, 400) for _ in range(4)]
+        eventually(lambda: requests_held(outside.snapshot()) == 4, "they run")
+        server.post("/pause_generation", {"mode": mode})
+        try:
+            ids = [f"paused-{time.monotonic_ns()}-{number}" for number in range(4)]
+            placements = [outside.dispatch(id_, 20) for id_ in ids]
+            meanwhile = [
+                pool.submit(server.generate, 20, 4, rid=placement.request.request_id, routed_dp_rank=placement.index)
+                for placement in placements
+            ]
+            time.sleep(2)  # no condition to wait for: this is how long the pause lasts
+            snapshot = outside.snapshot()
+            assert not any(answer.done() for answer in running + meanwhile)
+            assert (requests_held(snapshot), requests_in_flight(snapshot)) == (4, 4)
+            assert all(engine.age_ms < 2_000 for engine in snapshot.engines), "a paused engine is not a dead one"
+        finally:
+            server.post("/continue_generation", {})
+        answers = [answer.result(120) for answer in running + meanwhile]
+    assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [400] * 4 + [4] * 4
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
+    assert outside.snapshot().expired == expired
+
+
 # -- faults
+
+
+@contextmanager
+def another_redis(link: Link, back_to: EmbeddedRedis, directory: Path | None) -> Iterator[EmbeddedRedis]:
+    """A Redis of the test's own, to kill: the engine's way leads there for a while."""
+    with EmbeddedRedis(directory=directory) as server:
+        link.lead_to(server.port)
+        try:
+            yield server
+        finally:
+            link.lead_to(back_to.port)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["with its data", "empty"])
+def test_redis_killed_and_started_again_under_load_fails_no_request_and_is_exact_at_once(
+    server: SGLangServer,
+    link: Link,
+    redis_process: EmbeddedRedis,
+    form: str,
+    shape: Form,
+    keeps: bool,
+    tmp_path: Path,
+    eventually: Eventually,
+) -> None:
+    with (
+        another_redis(link, redis_process, tmp_path / "redis" if keeps else None) as killed,
+        Dispatcher(Settings(url=killed.url, pool=form, budget_ms=5_000)) as looker,
+        ThreadPoolExecutor(12) as pool,
+    ):
+
+        def seen() -> PoolSnapshot | None:
+            with suppress(UnknownPool, BalancerError):
+                return looker.snapshot()
+            return None
+
+        def shows(held: int) -> bool:
+            snapshot = seen()
+            return (
+                snapshot is not None
+                and len(snapshot.ranks) == shape.ranks
+                and (requests_held(snapshot), requests_in_flight(snapshot)) == (held, 0)
+            )
+
+        # Given requests that run for long, one of them still on its way, and a stream of short ones
+        eventually(lambda: shows(0), "the engine has joined")
+        long = [pool.submit(server.generate, 30, 1_500) for _ in range(5)]
+        eventually(lambda: shows(5), "they run")
+        placement = looker.dispatch("on-its-way", 30)
+        with Load(server, streams=3) as load:
+            load.after(6)
+            # When Redis is killed, and more come while it is away
+            os.kill(killed.pid, signal.SIGKILL)
+            long.append(pool.submit(server.generate, 30, 1_500, rid="on-its-way", routed_dp_rank=placement.index))
+            long += [pool.submit(server.generate, 30, 1_500) for _ in range(4)]
+            load.after(10)
+        assert not load.failed
+        eventually(lambda: server.requests() == 10, "the schedulers have them all, and no short one")
+        killed.stop()
+        killed.start()
+        # Then it has what the schedulers have, within a second of its return (and what a crowded machine adds)
+        took_s = eventually(lambda: shows(10), "it has what the schedulers have")
+        print(f"\n    killed, back {'with its data' if keeps else 'empty'}: exact after {took_s * 1e3:,.0f} ms")
+        assert took_s < 1.0 + 0.5
+        with Load(server, streams=3) as load:
+            load.after(6)
+        assert not load.failed
+        assert [answer.result(180)["meta_info"]["completion_tokens"] for answer in long] == [1_500] * 10
+        eventually(lambda: is_at_rest(looker.snapshot()), "nothing is left")
+        eventually(lambda: agrees(looker.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
 
 def test_redis_black_holed_cut_and_emptied_under_load_fails_no_request(
@@ -246,15 +399,19 @@ def test_redis_paused_under_load_fails_no_request(
 
 
 def test_a_killed_scheduler_leaves_the_pool_with_its_lease_and_a_restart_begins_anew(
-    server: SGLangServer, outside: Dispatcher, form: str, eventually: Eventually
+    server: SGLangServer, outside: Dispatcher, shape: Form, eventually: Eventually
 ) -> None:
     epochs = {engine.name: engine.epoch for engine in outside.snapshot().engines}
     outside.dispatch_many([Request(f"ghost-{number}", 100) for number in range(10)])
     os.kill(server.pids("sglang::scheduler")[0], signal.SIGKILL)
-    eventually(lambda: all(engine.age_ms > 5_000 for engine in outside.snapshot().engines), "its leases have ended", 90)
+    silent = len(epochs) if shape.has_attention else 1  # under DP attention nobody steps without it
+    eventually(lambda: sum(e.age_ms > 5_000 for e in outside.snapshot().engines) == silent, "its leases have ended", 90)
+    if not shape.has_attention:  # SGLang goes on and does not notice: its own round robin would go on sending there
+        answers = [server.generate(20, 2) for _ in range(8)]
+        assert len({answer["meta_info"]["dp_rank"] for answer in answers}) == shape.ranks - 1
     server.stop()
     server.start()
-    eventually(lambda: len(outside.snapshot().ranks) == 2, "both ranks are back")
+    eventually(lambda: len(outside.snapshot().ranks) == shape.ranks, "its ranks are back")
     snapshot = outside.snapshot()
     assert all(engine.epoch > epochs[engine.name] for engine in snapshot.engines)
     assert all(rank.load_tokens == 0 for rank in snapshot.ranks), "ghosts of the old life count for nobody"

@@ -1,34 +1,60 @@
-"""A second plugin, beside ours, that takes the time of what ours does inside SGLang; for measurements only.
+"""A second plugin, beside ours, that takes the time of what ours does inside SGLang; for tests and measurements only.
 
-Found by SGLang where this folder is on PYTHONPATH. Writes DPB_PROBE_DIR/PID.json, {what: [seconds, …]}, as it goes.
+Found by SGLang where this folder is on PYTHONPATH. Adds to DPB_PROBE_DIR/PID.jsonl a line {what: [seconds, …]} now and
+then. In a SGLang without dp-balancer it takes the controller's time alone, to compare with. With DPB_OVERLAP=1 it takes
+back the flag by which the kit switches SGLang's overlap scheduling off, and says when a scheduler enters that loop.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-MOST, EVERY = 20_000, 200
-_taken: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MOST))
-_calls = 0
+CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+EVERY_S = 1.0
+OUTERMOST = ("counting", "controller")
+"""What no other time has in it: writing the file after these is in nobody's."""
+_taken: dict[str, list[float]] = defaultdict(list)
+_written_s = 0.0
 
 
 def register() -> None:
-    folder = os.environ.get("DPB_PROBE_DIR")
-    if not folder:
-        return
+    if os.environ.get("DPB_OVERLAP") == "1":
+        _with_overlap()
+    if folder := os.environ.get("DPB_PROBE_DIR"):
+        _with_times(folder)
+
+
+def _with_overlap() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def arguments(argv: list[str]) -> tuple[tuple[list[str]], dict[str, Any]]:
+        return ([word for word in argv if word != "--disable-overlap-schedule"],), {}
+
+    def entered(scheduler: Any) -> None:
+        logging.getLogger("dpb_probe").warning("%s: the overlap loop", type(scheduler).__name__)
+
+    HookRegistry.register("sglang.srt.server_args.prepare_server_args", arguments, HookType.BEFORE)
+    HookRegistry.register(f"{SCHEDULER}.event_loop_overlap", entered, HookType.BEFORE)
+
+
+def _with_times(folder: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     from balancer import Dispatcher
     from scheduler_hooks.gather import TorchGather
     from scheduler_hooks.publisher import Publisher
     from scheduler_hooks.sglang.counting import Counting
     from scheduler_hooks.step_hook import StepHook
 
-    file = Path(folder) / f"{os.getpid()}.json"
+    file = Path(folder) / f"{os.getpid()}.jsonl"
     for owner, name, what in (
         (Counting, "held", "counting"),
         (StepHook, "after_step", "after_step"),
@@ -37,6 +63,13 @@ def register() -> None:
         (Dispatcher, "dispatch_many", "dispatch"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), what, file))
+
+    def before_its_table_is_made(controller: Any) -> None:
+        """All hooks are in place by now, so this is around them, and around SGLang's own method without them."""
+        kind = type(controller)
+        kind.dispatching_with_trace = _timed(kind.dispatching_with_trace, "controller", file)
+
+    HookRegistry.register(f"{CONTROLLER}.init_dispatcher", before_its_table_is_made, HookType.BEFORE)
 
 
 def _timed(function: Any, what: str, file: Path) -> Any:
@@ -52,10 +85,10 @@ def _timed(function: Any, what: str, file: Path) -> Any:
 
 
 def _note(what: str, seconds: float, file: Path) -> None:
-    global _calls
+    global _written_s
     _taken[what].append(seconds)
-    _calls += 1
-    if _calls % EVERY == 0:
-        fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps({name: list(values) for name, values in _taken.items()}))
-        fresh.rename(file)
+    if what in OUTERMOST and time.monotonic() - _written_s > EVERY_S:
+        _written_s = time.monotonic()
+        with file.open("a") as lines:
+            lines.write(json.dumps(_taken) + "\n")
+        _taken.clear()
