@@ -1,6 +1,8 @@
 """`python -m tests.bench.serve.peers`: `balancer serve` beside sglang-router and smg, over the same stub engines.
 
     cost      added latency, first byte of streams, CPU, memory; each router alone, in several rounds, in turn
+    single    one connection: first byte and CPU of a request that comes alone, beside the least that can be done
+              (`proxies.py`: llhttp and one EVALSHA of the dispatch script, nothing else); short rounds in turn
     replicas  what a request costs, Redis included, with two replicas as with one
     balance   1, 4 and 8 replicas before the same ranks: how far the fullest rank is above the mean
 
@@ -10,6 +12,8 @@ Peers are programs of their own, in environments of their own (`--sglang-router`
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +28,10 @@ from tests.bench.serve import spread
 from tests.bench.serve.harness import Load, Measured, cpu_s, least_disturbed, measure, process, stub, write
 from tests.bench.serve.stacks import table
 
-ENGINE, SPACED_ENGINE, FRONT = 9540, 9541, 9550
-OURS = "balancer serve"
+PORTS = int(os.environ.get("DPB_BENCH_PORT", "9540"))
+"""The first of some sixty ports that are used."""
+ENGINE, SPACED_ENGINE, FRONT, RANKS = PORTS, PORTS + 1, PORTS + 10, PORTS + 30
+OURS, FLOOR = "balancer serve", "httptools, one EVALSHA"
 LOADS = (
     Load(1),
     Load(64),
@@ -35,6 +41,7 @@ LOADS = (
     Load(1, stream=True, spaced=True),
     Load(32, stream=True, spaced=True, rate=40),
 )
+ALONE = (Load(1, stream=True, spaced=True), Load(1, stream=True), Load(1))
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,66 @@ def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
     }
 
 
+def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """One connection: of each load and router the median over the rounds, and the CPU of Redis beside our own."""
+    with ExitStack() as stack:
+        server = stack.enter_context(EmbeddedRedis())
+        stack.enter_context(stub(ENGINE))
+        stack.enter_context(stub(SPACED_ENGINE, gap_us=5000))
+        routers = [ours(server.url, "single"), *peers(options, "round_robin")]
+        fronts: dict[tuple[str, bool], tuple[int, list[int]]] = {}
+        for number, (router, spaced) in enumerate((router, spaced) for router in routers for spaced in (False, True)):
+            port, engine = FRONT + number, SPACED_ENGINE if spaced else ENGINE
+            pid = stack.enter_context(running(router, port, [f"http://127.0.0.1:{engine}"]))
+            fronts[router.name, spaced] = port, [pid]
+        for spaced in (False, True):
+            port, engine = FRONT + 15 + spaced, SPACED_ENGINE if spaced else ENGINE
+            floor = [sys.executable, "-m", "tests.bench.serve.proxies", FLOOR, str(port), str(engine), server.url]
+            fronts[FLOOR, spaced] = port, [stack.enter_context(process(floor, port))]
+            fronts["direct", spaced] = engine, []
+        names = ["direct", FLOOR, *(router.name for router in routers)]
+        runs: dict[str, dict[str, list[tuple[Measured, float]]]] = {
+            name: {load.name: [] for load in ALONE} for name in names
+        }
+        for load in ALONE:
+            order = list(names)
+            for number in range(options.rounds):
+                print(f"single, {load.name}, round {number + 1}", file=sys.stderr, flush=True)
+                for name in order:
+                    port, pids = fronts[name, load.spaced]
+                    before = cpu_s(server.pid)
+                    found = measure(pids, port, load, options.seconds)
+                    in_redis = (cpu_s(server.pid) - before) * 1e6 / max(found.requests_per_s * options.seconds, 1)
+                    runs[name][load.name].append((found, in_redis))
+                order.reverse()
+    return {
+        name: {load: {**_medians([run for run, _ in found]), "redis_cpu_us": statistics.median(c for _, c in found)}
+               for load, found in row.items()}
+        for name, row in runs.items()
+    }  # fmt: skip
+
+
+def _medians(runs: Sequence[Measured]) -> dict[str, float]:
+    rows = [asdict(run) for run in runs]
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def table_of_single(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One line for each router and load; times and CPU in µs."""
+    lines = [
+        "\n| load | way | first byte p50 | p99 | last byte p50 | CPU per request | and in Redis |",
+        "|---" * 7 + "|",
+    ]
+    for load in ALONE:
+        for name, row in results.items():
+            m = row[load.name]
+            lines.append(
+                f"| {load.name} | {name} | {m['first_p50_us']:.0f} | {m['first_p99_us']:.0f} | {m['p50_us']:.0f} "
+                f"| {m['cpu_us']:.0f} | {m['redis_cpu_us']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def per_chunk(results: dict[str, dict[str, Measured]]) -> str:
     """CPU of a streamed chunk: what a stream of 33 events 5 ms apart costs more than a plain answer, by 33."""
     plain, spaced = Load(64).name, Load(32, stream=True, spaced=True, rate=40).name
@@ -158,7 +225,7 @@ def balance(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for count in options.replicas:
         with ExitStack() as stack:
             server = stack.enter_context(EmbeddedRedis())
-            ranks = stack.enter_context(spread.Ranks(ports=range(9560, 9560 + options.ranks)))
+            ranks = stack.enter_context(spread.Ranks(ports=range(RANKS, RANKS + options.ranks)))
             routers = [ours(server.url, "balance")]
             routers += [router for router in peers(options, "cache_aware") if router.name == "sglang-router"]
             for router in routers:
@@ -175,7 +242,9 @@ def balance(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> int:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serve.peers", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=["cost", "replicas", "balance", []], help="which (default all)")
+    parser.add_argument(
+        "parts", nargs="*", choices=["cost", "single", "replicas", "balance", []], help="which (default all)"
+    )
     parser.add_argument("--sglang-router", metavar="BIN", help="bin folder of a venv with sglang-router 0.3.2")
     parser.add_argument("--smg", metavar="BIN", help="bin folder of a venv with smg 1.13")
     parser.add_argument("--rounds", type=int, default=3)
@@ -185,12 +254,15 @@ def main() -> int:
     parser.add_argument("--balance-seconds", type=float, default=15.0)
     parser.add_argument("--arrivals", type=float, default=40.0, help="requests per second (default %(default)s)")
     options = parser.parse_args()
-    parts = options.parts or ["cost", "replicas", "balance"]
+    parts = options.parts or ["cost", "single", "replicas", "balance"]
     document: dict[str, Any] = {}
     if "cost" in parts:
         results = cost(options)
         print(table(results, LOADS, "direct") + "\n" + per_chunk(results), flush=True)
         document["cost"] = {name: {load: asdict(m) for load, m in row.items()} for name, row in results.items()}
+    if "single" in parts:
+        document["single"] = alone = single(options)
+        print(table_of_single(alone), flush=True)
     if "replicas" in parts:
         document["replicas"] = scale = replicas(options)
         print(f"\nreplicas: {scale}", flush=True)
