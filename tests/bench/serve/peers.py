@@ -3,8 +3,8 @@
     cost      added latency, first byte of streams, CPU, memory; each router alone, in several rounds, in turn
     single    one connection: first byte and CPU of a request that comes alone, beside the least that can be done
               (`proxies.py`: llhttp and one EVALSHA of the dispatch script, nothing else); short rounds in turn
-    replicas  what a request costs, Redis included, with two replicas as with one
-    balance   1, 4 and 8 replicas before the same ranks: how far the fullest rank is above the mean
+    replicas  throughput and CPU of 1, 2 and 4 replicas that may use a share of a core each
+    balance   1, 4 and 8 replicas, the same requests for all: how far the fullest rank is above the mean
 
 Peers are programs of their own, in environments of their own (`--sglang-router`, `--smg`: the bin folder with them).
 """
@@ -12,26 +12,19 @@ Peers are programs of their own, in environments of their own (`--sglang-router`
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from balancer.embedded import EmbeddedRedis
-from tests.bench.serve import spread
 from tests.bench.serve.harness import Load, Measured, cpu_s, least_disturbed, measure, process, stub, write
+from tests.bench.serve.routers import ENGINE, FLOOR, FRONT, SPACED_ENGINE, ours, peers, running
+from tests.bench.serve.scale import balance, replicas, table_of_balance, table_of_replicas
 from tests.bench.serve.stacks import table
 
-PORTS = int(os.environ.get("DPB_BENCH_PORT", "9540"))
-"""The first of some sixty ports that are used."""
-ENGINE, SPACED_ENGINE, FRONT, RANKS = PORTS, PORTS + 1, PORTS + 10, PORTS + 30
-OURS, FLOOR = "balancer serve", "httptools, one EVALSHA"
 LOADS = (
     Load(1),
     Load(64),
@@ -42,56 +35,6 @@ LOADS = (
     Load(32, stream=True, spaced=True, rate=40),
 )
 ALONE = (Load(1, stream=True, spaced=True), Load(1, stream=True), Load(1))
-
-
-@dataclass(frozen=True)
-class Router:
-    """How one is started: `command` before its engines and its port."""
-
-    name: str
-    command: tuple[str, ...]
-    engines_flag: str
-    ends_each: bool = False  # the flag stands before each engine
-    metrics_flag: str = ""
-
-    def line(self, port: int, engines: Sequence[str]) -> list[str]:
-        words = [self.engines_flag, *engines]
-        if self.ends_each:
-            words = [word for engine in engines for word in (self.engines_flag, engine)]
-        more = [self.metrics_flag, str(port + 100)] if self.metrics_flag else []
-        return [*self.command, "--host", "127.0.0.1", "--port", str(port), *more, *words]
-
-
-def ours(redis_url: str, pool: str) -> Router:
-    command = (sys.executable, "-m", "balancer.cli", "serve", "--url", redis_url, "--pool", pool, "--no-access-log")
-    return Router(OURS, (*command, "--budget-ms", "5000"), "--engine", ends_each=True)
-
-
-def peers(options: argparse.Namespace, policy: str) -> list[Router]:
-    """The peers that were named, with one of their policies."""
-    found = []
-    if options.sglang_router:
-        python = Path(options.sglang_router) / "python"
-        command = (str(python), "-m", "sglang_router.launch_router", "--log-level", "warn", "--policy", policy)
-        found.append(Router("sglang-router", command, "--worker-urls", metrics_flag="--prometheus-port"))
-    if options.smg:
-        program = Path(options.smg) / "smg"
-        theirs = "least_load" if policy == "cache_aware" else policy
-        command = (str(program), "launch", "--log-level", "warn", "--policy", theirs)
-        found.append(Router("smg", command, "--worker-urls", metrics_flag="--prometheus-port"))
-    return found
-
-
-@contextmanager
-def running(router: Router, port: int, engines: Sequence[str]) -> Iterator[int]:
-    """The router before the engines, when it answers a completion; yields its pid."""
-    with process(router.line(port, engines), port) as pid:
-        deadline = time.monotonic() + 60
-        while spread.status_of(port) != 200:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{router.name} on {port} serves no request")
-            time.sleep(0.1)
-        yield pid
 
 
 def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
@@ -189,56 +132,6 @@ def per_chunk(results: dict[str, dict[str, Measured]]) -> str:
     return "\n".join(lines)
 
 
-def replicas(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU per request (replicas and Redis) and requests per second, one replica and two, in turn."""
-    what = Load(16)
-    cpu: dict[int, list[float]] = {1: [], 2: []}
-    rate: dict[int, list[float]] = {1: [], 2: []}
-    with ExitStack() as stack:
-        server = stack.enter_context(EmbeddedRedis())
-        stack.enter_context(stub(ENGINE))
-        router = ours(server.url, "replicas")
-        urls = [f"http://127.0.0.1:{ENGINE}"]
-        pids = [stack.enter_context(running(router, FRONT + number, urls)) for number in range(2)]
-        redis_pid = server.pid
-        for count in (1, 2, 2, 1) * options.rounds:
-            print(f"replicas: {count}", file=sys.stderr, flush=True)
-            before = sum(cpu_s(pid) for pid in [*pids, redis_pid])
-            with ThreadPoolExecutor(count) as threads:
-                share = replace(what, connections=what.connections // count)
-                jobs = [threads.submit(measure, [], FRONT + number, share, options.seconds) for number in range(count)]
-                done = sum(job.result().requests_per_s for job in jobs)
-            spent = sum(cpu_s(pid) for pid in [*pids, redis_pid]) - before
-            cpu[count].append(1e6 * spent / (done * options.seconds))
-            rate[count].append(done)
-    one, two = min(cpu[1]), min(cpu[2])
-    return {
-        "cpu_us_per_request": {"1": one, "2": two},
-        "requests_per_s": {"1": max(rate[1]), "2": max(rate[2])},
-        "per_core_ratio": one / two,
-    }
-
-
-def balance(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Mean over the run of max/mean held tokens over the ranks, by router and number of replicas."""
-    found: dict[str, dict[str, float]] = {}
-    for count in options.replicas:
-        with ExitStack() as stack:
-            server = stack.enter_context(EmbeddedRedis())
-            ranks = stack.enter_context(spread.Ranks(ports=range(RANKS, RANKS + options.ranks)))
-            routers = [ours(server.url, "balance")]
-            routers += [router for router in peers(options, "cache_aware") if router.name == "sglang-router"]
-            for router in routers:
-                print(f"balance: {count} x {router.name}", file=sys.stderr, flush=True)
-                with ExitStack() as cast:
-                    ports = [FRONT + number for number in range(count)]
-                    for port in ports:
-                        cast.enter_context(running(router, port, ranks.urls))
-                    result = ranks.play(ports, options.balance_seconds, options.arrivals)
-                found.setdefault(router.name, {})[str(count)] = result
-    return found
-
-
 def main() -> int:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serve.peers", description=__doc__.split("\n")[0])
@@ -251,6 +144,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one load (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--seeds", type=int, default=4, help="of the balance's requests (default %(default)s)")
     parser.add_argument("--balance-seconds", type=float, default=15.0)
     parser.add_argument("--arrivals", type=float, default=40.0, help="requests per second (default %(default)s)")
     options = parser.parse_args()
@@ -265,17 +159,10 @@ def main() -> int:
         print(table_of_single(alone), flush=True)
     if "replicas" in parts:
         document["replicas"] = scale = replicas(options)
-        print(f"\nreplicas: {scale}", flush=True)
+        print(table_of_replicas(scale), flush=True)
     if "balance" in parts:
-        document["balance"] = found = balance(options)
-        print("\n| max/mean held tokens | " + " | ".join(f"{count} replicas" for count in options.replicas) + " |")
-        print("|---" * (1 + len(options.replicas)) + "|")
-        for name, row in found.items():
-            print(
-                f"| {name} | "
-                + " | ".join(f"{row[str(count)]['max_over_mean']:.3f}" for count in options.replicas)
-                + " |"
-            )
+        document["balance"] = spreads = balance(options)
+        print(table_of_balance(spreads), flush=True)
     print(f"all numbers: {write('peers-' + '-'.join(parts) + '.json', document)}")
     return 0
 
