@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -90,6 +91,8 @@ async def _replica(
     replica = Replica(options, settings)
     await replica.start(sock)
     await replica.wait_for_ranks(_PATIENCE_S)
+    gc.collect()
+    gc.freeze()  # what there is now stays: collections on the way of requests need not look at it again
     ready()
     if await ending.drains() and options.drain_s:
         replica.drain()
