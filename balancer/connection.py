@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -23,6 +23,7 @@ from redis.retry import Retry
 from balancer.address import Address, Node, redacted
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.names import Names
+from balancer.pipeline import Opened, PipelinedClient
 from balancer.settings import Settings
 
 # What the driver would say and ask on each new connection costs a round trip each, which a short budget does not have,
@@ -36,8 +37,8 @@ if find_spec("redis.maint_notifications"):
     _QUIET["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
 
 MOST_CONNECTIONS = 1_024
-"""Most connections of one dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and an
-outage to us: beyond it it raises what it raises for a server that is gone."""
+"""Most connections of one sync dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and
+an outage to us: beyond it it raises what it raises for a server that is gone. An asyncio one has one connection."""
 
 _DENIED = (driver.AuthenticationError, driver.AuthorizationError, driver.NoPermissionError)
 _DENIED_WORDS = ("unauthenticated", "The user executing the script", "ACL failure in script")
@@ -146,14 +147,15 @@ C = TypeVar("C")
 
 
 class Clients(Generic[C]):
-    """One client per node, made when it is first asked for; `kind` and `pool` are the driver's classes."""
+    """One client per node, made when it is first asked for; `kinds` are the driver's connections by TCP, TLS and Unix
+    socket, `made_of` makes a client of one of them and its options."""
 
-    def __init__(self, kind: type[C], pool: Any, plain: Any, tls: Any, retry: Any, settings: Settings) -> None:
-        self._kind: Any = kind
-        self._pool = pool
+    def __init__(self, settings: Settings, retry: Any, kinds: Sequence[Any], made_of: Callable[..., C]) -> None:
         self._address = settings.checked_address()
         self._options = _options(settings, retry)
-        self._connection = tls if self._address.is_tls else plain
+        plain, tls, self._unix = kinds
+        self._tcp = tls if self._address.is_tls else plain
+        self._made_of = made_of
         if self._address.is_tls:
             # A handshake is two round trips more, and work for both sides.
             self._options["socket_connect_timeout"] *= 2
@@ -169,30 +171,42 @@ class Clients(Generic[C]):
         """All clients so far."""
         return tuple(self._made.values())
 
-    def _make(self, node: Node) -> Any:
+    def _make(self, node: Node) -> C:
         address, options = self._address, dict(self._options)
         if node.is_sentinel:
             options.update(username=address.sentinel_username, password=address.sentinel_password)
         else:
             options.update(db=address.db, username=address.username, password=address.password)
         if not node.port:
-            return self._kind(unix_socket_path=node.host, **options)
-        return self._kind.from_pool(
-            self._pool(connection_class=self._connection, host=node.host, port=node.port, **options)
-        )
+            return self._made_of(self._unix, path=node.host, **options)
+        return self._made_of(self._tcp, host=node.host, port=node.port, socket_keepalive=True, **options)
 
 
 def sync_clients(settings: Settings) -> Clients[redis.Redis]:
     """Clients that block; shared between threads, and across fork."""
-    retry = Retry(NoBackoff(), 0)
-    return Clients(redis.Redis, redis.ConnectionPool, _Connection, _TlsConnection, retry, settings)
+
+    def made_of(kind: Any, **options: Any) -> redis.Redis:
+        pool: Any = redis.ConnectionPool(connection_class=kind, max_connections=MOST_CONNECTIONS, **options)
+        return redis.Redis.from_pool(pool)
+
+    kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
+    return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)
 
 
-def async_clients(settings: Settings) -> Clients[redis.asyncio.Redis]:
+def async_clients(settings: Settings) -> Clients[PipelinedClient]:
     """Clients of one event loop."""
-    retry = AsyncRetry(NoBackoff(), 0)
-    pool = redis.asyncio.ConnectionPool
-    return Clients(redis.asyncio.Redis, pool, _AsyncConnection, _AsyncTlsConnection, retry, settings)
+
+    def made_of(kind: Any, **options: Any) -> PipelinedClient:
+        return PipelinedClient(lambda: _opened(kind(**options)), options["socket_timeout"])
+
+    kinds = (_AsyncConnection, _AsyncTlsConnection, redis.asyncio.UnixDomainSocketConnection)
+    return Clients(settings, AsyncRetry(NoBackoff(), 0), kinds, made_of)
+
+
+async def _opened(link: Any) -> Opened:
+    """Open a connection of the driver's and take its socket; the driver keeps no hand in it but for its end."""
+    await link.connect()
+    return Opened(link._writer.transport, link._parser.parse_error, link.disconnect)
 
 
 def no_answer(settings: Settings) -> str:
@@ -211,7 +225,7 @@ def translated(error: Exception, settings: Settings, node: Node) -> StoreError |
         return StoreDenied(f"{where} refuses us: {text} (check user, password and ACL)")
     if _is_tls_refusal(error):
         return StoreDenied(f"{where}: certificate not accepted: {text} (check CA, client certificate and rediss://)")
-    if isinstance(error, driver.TimeoutError):
+    if isinstance(error, driver.TimeoutError | TimeoutError):
         return StoreUnavailable(no_answer(settings))
     if isinstance(error, _NOT_NOW) or any(word in text for word in _NOT_NOW_WORDS):
         return StoreUnavailable(f"{where} is not available: {text}")
@@ -231,8 +245,6 @@ def _options(settings: Settings, retry: Any) -> dict[str, Any]:
         "retry": retry,
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
-        "socket_keepalive": True,
-        "max_connections": MOST_CONNECTIONS,
     }
 
 

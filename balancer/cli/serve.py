@@ -47,6 +47,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-share", type=float, default=0.2, metavar="X", help="retries as a share of requests (default: 0.2)")
     add("--connect-timeout", type=float, default=2.0, metavar="S", help="to an engine (default: 2)")
     add("--first-byte-timeout", type=float, default=600.0, metavar="S", help="for an answer to begin (default: 600)")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="after SIGTERM: /readyz says stopping, new requests are still served (default: 5)",
+    )
     add("--stop-timeout", type=float, default=30.0, metavar="S", help="for answers under way at the end (default: 30)")
     add("--idle-timeout", type=float, default=75.0, metavar="S", help="of an unused client connection (default: 75)")
     add("--read-timeout", type=float, default=60.0, metavar="S", help="for a request to arrive whole (default: 60)")
@@ -72,6 +79,9 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
     for name in ("connect_timeout", "first_byte_timeout", "idle_timeout", "read_timeout"):
         if not getattr(arguments, name) > 0:
             raise InvalidInput(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("drain_seconds", "stop_timeout"):
+        if not getattr(arguments, name) >= 0:
+            raise InvalidInput(f"--{name.replace('_', '-')} must not be below 0")
     if not 0 <= arguments.port <= 65_535:
         raise InvalidInput(f"--port must be between 0 and 65535, not {arguments.port}")
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
@@ -97,6 +107,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
         first_byte_s=arguments.first_byte_timeout,
         retry_share=arguments.retry_share,
         tries=arguments.tries,
+        drain_s=arguments.drain_seconds,
         stop_s=arguments.stop_timeout,
         show_rank=arguments.show_rank,
         access_log=not arguments.no_access_log,

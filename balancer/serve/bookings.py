@@ -106,21 +106,17 @@ class Bookings:
     def _want_flush(self) -> None:
         if not self._flush_is_due and self._under_way < _AT_ONCE and self._asked:
             self._flush_is_due = True
-            self._loop.call_soon(self._flush)
+            self._keep(self._flush())
 
-    def _flush(self) -> None:
+    async def _flush(self) -> None:
+        """One EVAL: begun a loop turn after the first request asked for it, for all that have asked by then."""
         self._flush_is_due = False
-        if not self._asked:
-            return
+        self._under_way += 1
         batch = [self._asked.popleft()]
         avoid = batch[0].avoid
         while self._asked and self._asked[0].avoid == avoid and len(batch) < MAX_REQUESTS_PER_DISPATCH:
             batch.append(self._asked.popleft())
-        self._under_way += 1
-        self._keep(self._place_batch(batch, avoid))
         self._want_flush()
-
-    async def _place_batch(self, batch: list[_Asked], avoid: tuple[str, ...]) -> None:
         try:
             placed = await self.dispatcher.dispatch_many([asked.request for asked in batch], avoid=avoid)
         except Exception as error:

@@ -58,9 +58,13 @@ class Server:
         self.lets_in = lets_in
         self.limits = limits
         self.clients: set[Client] = set()
+        self.draining = False
+        """Answers are the last on their connections: clients come back to another replica."""
         self.stopping = False
         self.held = HeldBytes()
         self.complaint: Callable[..., tuple[Headers, bytes]] = _plain_complaint
+        self.refused: Callable[[Inbound, int], None] = lambda request, status: None
+        """Told of each request that is refused here, before anybody was asked to answer it."""
         self._sweeper: asyncio.Task[None] | None = None
         self._listening: asyncio.Server | None = None
 
@@ -257,7 +261,8 @@ class Client(asyncio.Protocol):
 
     def closes_after(self, request: Inbound) -> bool:
         """Whether this answer is the connection's last."""
-        return self._closing or self._server.stopping or not request.keep_alive
+        server = self._server
+        return self._closing or server.draining or server.stopping or not request.keep_alive
 
     def respond(self, request: Inbound, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer of our own."""
@@ -293,10 +298,11 @@ class Client(asyncio.Protocol):
         if self._task is not None:  # an answer is under way on this connection: nothing may come into it
             self.abort()
             return
-        headers, body = self._server.complaint(status, why, code, self._reader.path)
-        request = Inbound()
+        request = self._reader.request
+        headers, body = self._server.complaint(status, why, code, request.path)
         request.keep_alive = False
         self.respond(request, status, headers, body)
+        self._server.refused(request, status)
         self._is_over = True
         if self.transport.can_write_eof():
             if not self.transport.is_reading():

@@ -78,15 +78,16 @@ class RequestReader:
         self._limits, self._all_held, self._on_expect, self._lets_in = limits, held, on_expect, lets_in
         self._parser = httptools.HttpRequestParser(self)
         self._request = Inbound()
+        self._refused: Inbound | None = None
         self._body = bytearray()  # no list of pieces: a client could send them of two bytes
         self._head_bytes = 0  # of a head or a trailer: since the request's first byte or its body's last piece
         self._in_head = True
         self._held = 0
 
     @property
-    def path(self) -> bytes:
-        """Of the request being read; empty until its head is whole."""
-        return self._request.path
+    def request(self) -> Inbound:
+        """The one refused, else the one being read; its method and path are empty where its head is not whole."""
+        return self._refused or self._request
 
     @property
     def is_reading(self) -> bool:
@@ -111,6 +112,7 @@ class RequestReader:
         """Take nothing more; the first reason counts."""
         if self.refusal is None:
             self.refusal = status, why, code
+            self._refused = self._request
 
     def free(self, request: Inbound) -> None:
         """A request has been answered: its body is held no more."""
@@ -130,7 +132,6 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
-        self._request = Inbound()
         self._body = bytearray()
         self._in_head = True
 
@@ -209,5 +210,6 @@ class RequestReader:
         request.received = time.monotonic()
         self._body = bytearray()
         self._in_head, self._head_bytes = True, 0
+        self._request = Inbound()
         if self.refusal is None:
             self.ready.append(request)

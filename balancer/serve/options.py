@@ -160,6 +160,8 @@ class Options:
     retry_share: float = 0.2
     """Retries as a share of requests, beside a small reserve."""
     tries: int = 3
+    drain_s: float = 0.0
+    """How long, once the end is asked for, new requests are still served while /readyz says that it comes."""
     stop_s: float = 30.0
     show_rank: bool = False
     access_log: bool = True

@@ -16,15 +16,17 @@ import orjson
 
 from balancer.errors import InvalidInput
 from balancer.serve import decision
+from balancer.serve.access_log import Entry
 from balancer.serve.complaint import complaint
 from balancer.serve.desk import Desk
 from balancer.serve.ending import end
+from balancer.serve.endpoints import is_placed
 from balancer.serve.exchange import Exchange
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import Inbound
 from balancer.serve.metrics import CONTENT_TYPE
 from balancer.serve.options import Options
-from balancer.serve.wire import Headers
+from balancer.serve.wire import Headers, safe_request_id
 from balancer.settings import Settings
 
 log = logging.getLogger("balancer.serve")
@@ -41,6 +43,7 @@ class Replica(Desk):
         self._keys = tuple(f"Bearer {key}".encode() for key in options.api_keys)
         self.server = Server(self._answer, options.limits, self._is_let_in if self._keys else None)
         self.server.complaint = complaint
+        self.server.refused = self._note_refusal
 
     # -- life
 
@@ -57,6 +60,10 @@ class Replica(Desk):
         deadline = time.monotonic() + within_s
         while not all(target.stand_in.has_joined for target in self.targets) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+
+    def drain(self) -> None:
+        """From now on /readyz says that the end comes; requests are served, each as the last on its connection."""
+        self.server.draining = True
 
     async def stop(self) -> None:
         """Take no more requests, let those under way end within the limit, release what is left, and close."""
@@ -88,14 +95,25 @@ class Replica(Desk):
         if path in (b"/healthz", b"/readyz"):
             return client.respond(request, *self._health(path))
         if self._keys and not self._is_let_in(request):
+            self._note_refusal(request, 401)
             return client.respond(request, 401, *complaint(401, "no valid API key", "invalid_api_key", path))
         if path == b"/metrics":
             return client.respond(request, *self._metrics())
         if path.startswith(decision.PREFIX):
             return client.respond(request, *await decision.decide(self, request))
         if not request.target.startswith(b"/") and request.target != b"*":
+            self._note_refusal(request, 400)
             return client.respond(request, 400, *complaint(400, "a path is wanted", "invalid_target"))
         await Exchange(self, client, request).run()
+
+    def _note_refusal(self, request: Inbound, status: int) -> None:
+        """What was turned away before an exchange began, in the access log and the metrics as the others are."""
+        path = request.path.decode("latin-1")
+        self.metrics.answered(path if is_placed(request.method, request.path) else "other", status)
+        if self.options.access_log:
+            name = safe_request_id(request.header(b"x-request-id")) or ""
+            began = request.received or time.monotonic()
+            Entry(name, request.method, path, began, status=status, ended="refused").write()
 
     def _is_let_in(self, request: Inbound) -> bool:
         given = request.header(b"authorization")
@@ -108,16 +126,17 @@ class Replica(Desk):
     def _health(self, path: bytes) -> tuple[int, Headers, bytes]:
         reachable = sum(target.stand_in.answers for target in self.targets)
         away = self.bookings.dispatcher.is_falling_back
-        ready = path == b"/healthz" or (reachable > 0 and not self.server.stopping)
+        stopping = self.server.draining or self.server.stopping
+        ready = path == b"/healthz" or (reachable > 0 and not stopping)
         if path == b"/readyz" and not self.bookings.is_pool_known and not away:
             ready = False
         fields = {
-            "status": "ok" if ready else "not_ready",
+            "status": "ok" if ready else "stopping" if stopping else "not_ready",
             "pool": self.settings.pool,
             "engines": len(self.targets),
             "engines_answering": reachable,
             "redis": "away" if away else "ok",
-            "stopping": self.server.stopping,
+            "stopping": stopping,
         }
         return (200 if ready else 503), [_JSON], orjson.dumps(fields)
 

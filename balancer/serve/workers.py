@@ -1,5 +1,9 @@
 """The processes of `balancer serve`: one replica, or N on one port (SO_REUSEPORT), and how they end.
 
+SIGTERM, which an orchestrator sends, is answered by a time of draining, in which whoever balances before the replicas
+can learn from /readyz that this one ends; SIGINT, which a person sends, and the death of the process that watches are
+not. Then the listener closes and what is under way may end. A second signal ends at once.
+
 With several, this process only watches: it forks the workers before any thread or event loop exists, starts one again
 that has died, and hands a signal to end on to all. Each worker is a replica like one on another machine.
 """
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -27,6 +32,7 @@ log = logging.getLogger("balancer.serve")
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE_S = 3.0
+_ONE_SIGNAL_S = 1.0
 _AGAIN_S = 1.0
 """A worker that dies at once is started again no oftener."""
 
@@ -81,23 +87,54 @@ async def _replica(
 ) -> None:
     from balancer.serve.replica import Replica
 
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in _ENDINGS:
-        loop.add_signal_handler(number, ended.set)
-    if owner is not None:  # a pipe that ends with the process that watches us
-        loop.add_reader(owner, ended.set)
+    ending = _Ending(owner)
     replica = Replica(options, settings)
     await replica.start(sock)
     await replica.wait_for_ranks(_PATIENCE_S)
+    gc.collect()
+    gc.freeze()  # what there is now stays: collections on the way of requests need not look at it again
     ready()
-    await ended.wait()
-    if owner is not None:
-        loop.remove_reader(owner)
-    for number in _ENDINGS:  # a second one ends at once
-        loop.remove_signal_handler(number)
+    if await ending.drains() and options.drain_s:
+        replica.drain()
+        log.info("pool=%s drains for %g s: not ready, new requests are still served", settings.pool, options.drain_s)
+        await asyncio.sleep(options.drain_s)
     log.info("pool=%s stops: no new requests, %d connections", settings.pool, len(replica.server.clients))
     await replica.stop()
+
+
+class _Ending:
+    """The wish that this process end: a signal, or the end of the process that watches it.
+
+    One signal may come twice: to all of a service at once, and handed on by the process that watches.
+    """
+
+    def __init__(self, owner: int | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._owner = owner
+        self._wished: asyncio.Future[bool] = self._loop.create_future()
+        self._since = 0.0
+        for number in _ENDINGS:
+            self._loop.add_signal_handler(number, self._signalled, number)
+        if owner is not None:  # a pipe that ends with that process
+            self._loop.add_reader(owner, self._alone)
+
+    async def drains(self) -> bool:
+        """Wait for the wish; whether there is time to drain first."""
+        return await self._wished
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if not self._wished.done():
+            self._since = self._loop.time()
+            self._wished.set_result(number == signal.SIGTERM)
+        elif self._loop.time() - self._since > _ONE_SIGNAL_S:
+            self._loop.remove_signal_handler(number)
+            os.kill(os.getpid(), number)
+
+    def _alone(self) -> None:
+        assert self._owner is not None
+        self._loop.remove_reader(self._owner)
+        if not self._wished.done():
+            self._wished.set_result(False)
 
 
 def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
@@ -111,7 +148,7 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
         if pid:
             workers[pid] = number
             if ending:  # it came between the fork and this
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, ending[0])
             return
         code = 1
         try:
@@ -136,7 +173,7 @@ def _watch(options: Options, settings: Settings, held: socket.socket) -> None:
         ending.append(signum)
         for pid in tuple(workers):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signum)
 
     for signum in _ENDINGS:
         signal.signal(signum, end)

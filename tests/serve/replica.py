@@ -31,6 +31,7 @@ class Replica:
         self.port = free_port()
         self.log = log
         command = [sys.executable, "-m", "balancer.cli", "serve", "--pool", "p", "--port", str(self.port)]
+        command += ["--drain-seconds", "0"]
         for engine in engines:
             command += ["--engine", engine]
         environment = os.environ | {"DP_BALANCER_URL": redis_url, "DP_BALANCER_BUDGET_MS": "2000"} | env

@@ -137,6 +137,32 @@ async def test_vllms_hook_knows_the_request_again_behind_nginx(
         assert received_id(f"cmpl-{headers['x-request-id']}-0-86f184e6") == in_flight_id(placed)
 
 
+async def test_only_headers_that_are_named_go_on_to_the_engine(settings: Settings, tmp_path: Path) -> None:
+    """SGLang, where it is told to, takes the rank and more from X-Override-...: nobody's but ours may reach it."""
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2") as (_, behind),
+        nginx(behind, tmp_path) as port,
+    ):
+        sent = {
+            "X-Override-Routed-DP-Rank": "7",
+            "x-override-rid": "theirs",
+            "X-Data-Parallel-Rank": "7",
+            "Authorization": "Bearer key",
+            "Content-Type": "application/json",
+            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+        assert (await ask(port, "/v1/completions", COMPLETIONS, headers=lines)).status == 200
+        (headers,) = posts(engine)
+        assert "x-override-routed-dp-rank" not in headers
+        assert headers["x-override-rid"] != "theirs"
+        assert headers["x-data-parallel-rank"] in ("0", "1")
+        assert headers["authorization"] == "Bearer key"
+        assert headers["content-type"] == "application/json"
+        assert headers["traceparent"] == sent["traceparent"]
+
+
 async def test_a_refusal_keeps_its_meaning_behind_nginx(settings: Settings, join: Join, tmp_path: Path) -> None:
     async with (
         mock_engine() as (_, at),

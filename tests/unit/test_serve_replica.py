@@ -428,7 +428,51 @@ async def test_the_access_log_says_who_where_and_how_long_but_never_what(
     assert not any(word in caplog.text for word in ("secret", "sk-1"))
 
 
+@pytest.mark.parametrize(
+    ("raw", "status", "path"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 401, "/v1/completions"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", 401, "/v1/models"),
+        (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n", 413, "/generate"),
+        (b"GET /long HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", 431, "/long"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, ""),
+        (b"GET http://x/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n\r\n", 400, "http://x/"),
+    ],
+    ids=["no key, a body", "no key", "body too large", "head too large", "two lengths", "no path"],
+)
+async def test_what_is_turned_away_stands_in_the_access_log_and_in_the_metrics(
+    settings: Settings, caplog: pytest.LogCaptureFixture, raw: bytes, status: int, path: str
+) -> None:
+    caplog.set_level(logging.INFO, "balancer.access")
+    limits = Limits(body=1000)
+    async with (
+        mock_engine() as (_, at),
+        replica(settings, word(at, ",kind=sglang,dp=2"), api_keys=("key",), limits=limits) as (made, port),
+    ):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(raw)
+        assert (await read_answer(reader)).status == status
+        writer.close()
+        (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
+        assert (line["status"], line["ended"], line["path"]) == (status, "refused", path)
+        assert b'code="4xx"' in made.metrics.text()
+
+
 # -- stopping
+
+
+async def test_a_replica_that_drains_is_not_ready_and_serves_each_request_as_its_connections_last(scene: Scene) -> None:
+    reader, writer = await asyncio.open_connection(HOST, scene.port)
+    scene.replica.drain()
+    ready = await scene.ask("/readyz")
+    assert (ready.status, ready.json()["status"]) == (503, "stopping")
+    assert (await scene.ask("/healthz")).status == 200, "it is well: nobody should kill it"
+    body = b'{"prompt":"hi","max_tokens":1}'
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    answer = await read_answer(reader)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert await reader.read() == b""
+    writer.close()
 
 
 async def test_a_stop_lets_streams_end_and_takes_nothing_new(settings: Settings, client: redis.Redis) -> None:

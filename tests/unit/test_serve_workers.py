@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from balancer.embedded import EmbeddedRedis
 
 Eventually = Callable[..., None]
@@ -25,7 +27,8 @@ _CONNECTIONS = "balancer_client_connections{"
 @contextlib.contextmanager
 def program(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """`balancer serve` with these words; its process, port and first lines."""
-    command = [sys.executable, "-m", "balancer.cli", "serve", "--port", "0", "--budget-ms", "2000", *words]
+    command = [sys.executable, "-m", "balancer.cli", "serve", "--port", "0", "--budget-ms", "2000"]
+    command += ["--drain-seconds", "0", *words]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DP_BALANCER_URL")}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**clean, **environment}
@@ -122,6 +125,24 @@ def test_workers_share_a_port_and_their_metrics_and_a_dead_one_is_replaced(
         process.kill()
         left = set(children(process.pid)) | workers | mock
         eventually(lambda: not any(map(is_alive, left)), "no worker outlives the one that watches it", within_s=20)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_is_answered_by_a_time_of_draining_and_ctrl_c_is_not(
+    redis_server: EmbeddedRedis, client: object, eventually: Eventually, workers: str
+) -> None:
+    environment = {"DP_BALANCER_URL": redis_server.url, "DP_BALANCER_POOL": "p"}
+    with program("--workers", workers, "--drain-seconds", "3", **environment) as (process, port, _):
+        eventually(lambda: answers(port), "it is ready", within_s=30)
+        process.terminate()
+        eventually(lambda: not answers(port), "new connections learn that it ends")
+        assert answers(port, "/healthz")
+        assert b"every" in get(port, "/v1/completions", {"prompt": "hi", "max_tokens": 1})
+        assert process.wait(20) == 0
+    with program("--workers", workers, "--drain-seconds", "60", **environment) as (process, port, _):
+        eventually(lambda: answers(port), "it is ready", within_s=30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
 
 
 def test_an_end_that_comes_while_a_worker_is_about_to_be_replaced_ends_all(

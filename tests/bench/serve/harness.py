@@ -79,6 +79,31 @@ def process(
                 continue
 
 
+@contextmanager
+def limited(pid: int, share: float) -> Iterator[None]:
+    """A process and what it starts from now on may use `share` of a core, by the kernel's quota."""
+    v1, v2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    group = (v1 if v1.exists() else v2) / f"balancer-bench-{pid}"
+    try:
+        group.mkdir()
+        if v1.exists():
+            (group / "cpu.cfs_period_us").write_text("10000")
+            (group / "cpu.cfs_quota_us").write_text(f"{10_000 * share:.0f}")
+        else:
+            (group / "cpu.max").write_text(f"{10_000 * share:.0f} 10000")
+        home = Path(f"/proc/{pid}/cgroup").read_text()
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        raise SystemExit(f"a process's share of a core cannot be limited here: {error} (root is needed)") from None
+    try:
+        yield
+    finally:
+        line = next(line for line in home.splitlines() if ":cpu:" in line or line.startswith("0::"))
+        before = group.parent / line.rpartition(":")[2].lstrip("/")
+        (before / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
 def listens(port: int) -> bool:
     """Whether somebody accepts connections there."""
     with socket.socket() as probe:

@@ -1,8 +1,10 @@
 """`python -m tests.bench.serve.peers`: `balancer serve` beside sglang-router and smg, over the same stub engines.
 
     cost      added latency, first byte of streams, CPU, memory; each router alone, in several rounds, in turn
-    replicas  what a request costs, Redis included, with two replicas as with one
-    balance   1, 4 and 8 replicas before the same ranks: how far the fullest rank is above the mean
+    single    one connection: first byte and CPU of a request that comes alone, beside the least that can be done
+              (`proxies.py`: llhttp and one EVALSHA of the dispatch script, nothing else); short rounds in turn
+    replicas  throughput and CPU of 1, 2 and 4 replicas that may use a share of a core each
+    balance   1, 4 and 8 replicas, the same requests for all: how far the fullest rank is above the mean
 
 Peers are programs of their own, in environments of their own (`--sglang-router`, `--smg`: the bin folder with them).
 """
@@ -10,22 +12,19 @@ Peers are programs of their own, in environments of their own (`--sglang-router`
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from balancer.embedded import EmbeddedRedis
-from tests.bench.serve import spread
 from tests.bench.serve.harness import Load, Measured, cpu_s, least_disturbed, measure, process, stub, write
+from tests.bench.serve.routers import ENGINE, FLOOR, FRONT, SPACED_ENGINE, ours, peers, running
+from tests.bench.serve.scale import balance, replicas, table_of_balance, table_of_replicas
 from tests.bench.serve.stacks import table
 
-ENGINE, SPACED_ENGINE, FRONT = 9540, 9541, 9550
-OURS = "balancer serve"
 LOADS = (
     Load(1),
     Load(64),
@@ -35,56 +34,7 @@ LOADS = (
     Load(1, stream=True, spaced=True),
     Load(32, stream=True, spaced=True, rate=40),
 )
-
-
-@dataclass(frozen=True)
-class Router:
-    """How one is started: `command` before its engines and its port."""
-
-    name: str
-    command: tuple[str, ...]
-    engines_flag: str
-    ends_each: bool = False  # the flag stands before each engine
-    metrics_flag: str = ""
-
-    def line(self, port: int, engines: Sequence[str]) -> list[str]:
-        words = [self.engines_flag, *engines]
-        if self.ends_each:
-            words = [word for engine in engines for word in (self.engines_flag, engine)]
-        more = [self.metrics_flag, str(port + 100)] if self.metrics_flag else []
-        return [*self.command, "--host", "127.0.0.1", "--port", str(port), *more, *words]
-
-
-def ours(redis_url: str, pool: str) -> Router:
-    command = (sys.executable, "-m", "balancer.cli", "serve", "--url", redis_url, "--pool", pool, "--no-access-log")
-    return Router(OURS, (*command, "--budget-ms", "5000"), "--engine", ends_each=True)
-
-
-def peers(options: argparse.Namespace, policy: str) -> list[Router]:
-    """The peers that were named, with one of their policies."""
-    found = []
-    if options.sglang_router:
-        python = Path(options.sglang_router) / "python"
-        command = (str(python), "-m", "sglang_router.launch_router", "--log-level", "warn", "--policy", policy)
-        found.append(Router("sglang-router", command, "--worker-urls", metrics_flag="--prometheus-port"))
-    if options.smg:
-        program = Path(options.smg) / "smg"
-        theirs = "least_load" if policy == "cache_aware" else policy
-        command = (str(program), "launch", "--log-level", "warn", "--policy", theirs)
-        found.append(Router("smg", command, "--worker-urls", metrics_flag="--prometheus-port"))
-    return found
-
-
-@contextmanager
-def running(router: Router, port: int, engines: Sequence[str]) -> Iterator[int]:
-    """The router before the engines, when it answers a completion; yields its pid."""
-    with process(router.line(port, engines), port) as pid:
-        deadline = time.monotonic() + 60
-        while spread.status_of(port) != 200:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{router.name} on {port} serves no request")
-            time.sleep(0.1)
-        yield pid
+ALONE = (Load(1, stream=True, spaced=True), Load(1, stream=True), Load(1))
 
 
 def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
@@ -112,6 +62,66 @@ def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
     }
 
 
+def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """One connection: of each load and router the median over the rounds, and the CPU of Redis beside our own."""
+    with ExitStack() as stack:
+        server = stack.enter_context(EmbeddedRedis())
+        stack.enter_context(stub(ENGINE))
+        stack.enter_context(stub(SPACED_ENGINE, gap_us=5000))
+        routers = [ours(server.url, "single"), *peers(options, "round_robin")]
+        fronts: dict[tuple[str, bool], tuple[int, list[int]]] = {}
+        for number, (router, spaced) in enumerate((router, spaced) for router in routers for spaced in (False, True)):
+            port, engine = FRONT + number, SPACED_ENGINE if spaced else ENGINE
+            pid = stack.enter_context(running(router, port, [f"http://127.0.0.1:{engine}"]))
+            fronts[router.name, spaced] = port, [pid]
+        for spaced in (False, True):
+            port, engine = FRONT + 15 + spaced, SPACED_ENGINE if spaced else ENGINE
+            floor = [sys.executable, "-m", "tests.bench.serve.proxies", FLOOR, str(port), str(engine), server.url]
+            fronts[FLOOR, spaced] = port, [stack.enter_context(process(floor, port))]
+            fronts["direct", spaced] = engine, []
+        names = ["direct", FLOOR, *(router.name for router in routers)]
+        runs: dict[str, dict[str, list[tuple[Measured, float]]]] = {
+            name: {load.name: [] for load in ALONE} for name in names
+        }
+        for load in ALONE:
+            order = list(names)
+            for number in range(options.rounds):
+                print(f"single, {load.name}, round {number + 1}", file=sys.stderr, flush=True)
+                for name in order:
+                    port, pids = fronts[name, load.spaced]
+                    before = cpu_s(server.pid)
+                    found = measure(pids, port, load, options.seconds)
+                    in_redis = (cpu_s(server.pid) - before) * 1e6 / max(found.requests_per_s * options.seconds, 1)
+                    runs[name][load.name].append((found, in_redis))
+                order.reverse()
+    return {
+        name: {load: {**_medians([run for run, _ in found]), "redis_cpu_us": statistics.median(c for _, c in found)}
+               for load, found in row.items()}
+        for name, row in runs.items()
+    }  # fmt: skip
+
+
+def _medians(runs: Sequence[Measured]) -> dict[str, float]:
+    rows = [asdict(run) for run in runs]
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def table_of_single(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One line for each router and load; times and CPU in µs."""
+    lines = [
+        "\n| load | way | first byte p50 | p99 | last byte p50 | CPU per request | and in Redis |",
+        "|---" * 7 + "|",
+    ]
+    for load in ALONE:
+        for name, row in results.items():
+            m = row[load.name]
+            lines.append(
+                f"| {load.name} | {name} | {m['first_p50_us']:.0f} | {m['first_p99_us']:.0f} | {m['p50_us']:.0f} "
+                f"| {m['cpu_us']:.0f} | {m['redis_cpu_us']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def per_chunk(results: dict[str, dict[str, Measured]]) -> str:
     """CPU of a streamed chunk: what a stream of 33 events 5 ms apart costs more than a plain answer, by 33."""
     plain, spaced = Load(64).name, Load(32, stream=True, spaced=True, rate=40).name
@@ -122,88 +132,37 @@ def per_chunk(results: dict[str, dict[str, Measured]]) -> str:
     return "\n".join(lines)
 
 
-def replicas(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU per request (replicas and Redis) and requests per second, one replica and two, in turn."""
-    what = Load(16)
-    cpu: dict[int, list[float]] = {1: [], 2: []}
-    rate: dict[int, list[float]] = {1: [], 2: []}
-    with ExitStack() as stack:
-        server = stack.enter_context(EmbeddedRedis())
-        stack.enter_context(stub(ENGINE))
-        router = ours(server.url, "replicas")
-        urls = [f"http://127.0.0.1:{ENGINE}"]
-        pids = [stack.enter_context(running(router, FRONT + number, urls)) for number in range(2)]
-        redis_pid = server.pid
-        for count in (1, 2, 2, 1) * options.rounds:
-            print(f"replicas: {count}", file=sys.stderr, flush=True)
-            before = sum(cpu_s(pid) for pid in [*pids, redis_pid])
-            with ThreadPoolExecutor(count) as threads:
-                share = replace(what, connections=what.connections // count)
-                jobs = [threads.submit(measure, [], FRONT + number, share, options.seconds) for number in range(count)]
-                done = sum(job.result().requests_per_s for job in jobs)
-            spent = sum(cpu_s(pid) for pid in [*pids, redis_pid]) - before
-            cpu[count].append(1e6 * spent / (done * options.seconds))
-            rate[count].append(done)
-    one, two = min(cpu[1]), min(cpu[2])
-    return {
-        "cpu_us_per_request": {"1": one, "2": two},
-        "requests_per_s": {"1": max(rate[1]), "2": max(rate[2])},
-        "per_core_ratio": one / two,
-    }
-
-
-def balance(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Mean over the run of max/mean held tokens over the ranks, by router and number of replicas."""
-    found: dict[str, dict[str, float]] = {}
-    for count in options.replicas:
-        with ExitStack() as stack:
-            server = stack.enter_context(EmbeddedRedis())
-            ranks = stack.enter_context(spread.Ranks(ports=range(9560, 9560 + options.ranks)))
-            routers = [ours(server.url, "balance")]
-            routers += [router for router in peers(options, "cache_aware") if router.name == "sglang-router"]
-            for router in routers:
-                print(f"balance: {count} x {router.name}", file=sys.stderr, flush=True)
-                with ExitStack() as cast:
-                    ports = [FRONT + number for number in range(count)]
-                    for port in ports:
-                        cast.enter_context(running(router, port, ranks.urls))
-                    result = ranks.play(ports, options.balance_seconds, options.arrivals)
-                found.setdefault(router.name, {})[str(count)] = result
-    return found
-
-
 def main() -> int:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.serve.peers", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=["cost", "replicas", "balance", []], help="which (default all)")
+    parser.add_argument(
+        "parts", nargs="*", choices=["cost", "single", "replicas", "balance", []], help="which (default all)"
+    )
     parser.add_argument("--sglang-router", metavar="BIN", help="bin folder of a venv with sglang-router 0.3.2")
     parser.add_argument("--smg", metavar="BIN", help="bin folder of a venv with smg 1.13")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one load (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--seeds", type=int, default=4, help="of the balance's requests (default %(default)s)")
     parser.add_argument("--balance-seconds", type=float, default=15.0)
     parser.add_argument("--arrivals", type=float, default=40.0, help="requests per second (default %(default)s)")
     options = parser.parse_args()
-    parts = options.parts or ["cost", "replicas", "balance"]
+    parts = options.parts or ["cost", "single", "replicas", "balance"]
     document: dict[str, Any] = {}
     if "cost" in parts:
         results = cost(options)
         print(table(results, LOADS, "direct") + "\n" + per_chunk(results), flush=True)
         document["cost"] = {name: {load: asdict(m) for load, m in row.items()} for name, row in results.items()}
+    if "single" in parts:
+        document["single"] = alone = single(options)
+        print(table_of_single(alone), flush=True)
     if "replicas" in parts:
         document["replicas"] = scale = replicas(options)
-        print(f"\nreplicas: {scale}", flush=True)
+        print(table_of_replicas(scale), flush=True)
     if "balance" in parts:
-        document["balance"] = found = balance(options)
-        print("\n| max/mean held tokens | " + " | ".join(f"{count} replicas" for count in options.replicas) + " |")
-        print("|---" * (1 + len(options.replicas)) + "|")
-        for name, row in found.items():
-            print(
-                f"| {name} | "
-                + " | ".join(f"{row[str(count)]['max_over_mean']:.3f}" for count in options.replicas)
-                + " |"
-            )
+        document["balance"] = spreads = balance(options)
+        print(table_of_balance(spreads), flush=True)
     print(f"all numbers: {write('peers-' + '-'.join(parts) + '.json', document)}")
     return 0
 

@@ -8,8 +8,9 @@ UPSTREAM_PORT` runs one; `stacks.py` measures them. Imports stand in the functio
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -238,10 +239,16 @@ def granian_with(app: Callable[[str], Any], interface: str) -> Callable[[int, st
 # --- httptools' parsers under protocols of our own ---------------------------------------------------------------
 
 
-def bare(port: int, upstream: str) -> None:
-    """The floor: llhttp's parsers (httptools) and two asyncio protocols, nothing between them."""
+def bare(port: int, upstream: str, redis_url: str = "") -> None:
+    """The floor: llhttp's parsers (httptools) and two asyncio protocols, nothing between them.
+
+    With a Redis' address the place of the EVAL is taken by one: the dispatch script, its arguments packed by hand, its
+    reply looked at by hand.
+    """
     import httptools
     import uvloop
+
+    decide = _by_redis(redis_url) if redis_url else place
 
     upstream_port = int(upstream.rsplit(":", 1)[1])
     idle: list[Upstream] = []
@@ -317,7 +324,7 @@ def bare(port: int, upstream: str) -> None:
 
         async def forward(self, method: bytes) -> None:
             body = self.body[0] if len(self.body) == 1 else b"".join(self.body)
-            rank = await place(body)
+            rank = await decide(body)
             lines = [b"%b %b HTTP/1.1\r\nhost: engine\r\n" % (method, self.url)]
             lines += [b"%b: %b\r\n" % pair for pair in self.headers if pair[0] not in HOP_BY_HOP]
             lines.append(b"%b: %b\r\ncontent-length: %d\r\n\r\n" % (RANK.encode(), rank.encode(), len(body)))
@@ -330,6 +337,49 @@ def bare(port: int, upstream: str) -> None:
     loop = uvloop.new_event_loop()
     loop.run_until_complete(loop.create_server(Downstream, "127.0.0.1", port, backlog=4096))
     loop.run_forever()
+
+
+def _by_redis(url: str) -> Callable[[bytes], Awaitable[str]]:
+    """A decision by one EVALSHA over one connection: requests booked in a pool that one engine has joined."""
+    from collections import deque
+
+    from balancer import protocol
+    from balancer.model import Incarnation, RankCounts, Report, Request
+    from balancer.scripts import load_script
+    from balancer.settings import Settings
+    from balancer.store import Store
+
+    settings = Settings.from_environment(url=url, pool="floor")
+    store = Store(settings)
+    store.run(protocol.configure("floor", {"engine_lease_ms": 3_600_000}))
+    engine = store.run(protocol.join("floor", Incarnation("floor", 1, "floor")))
+    store.run(protocol.report("floor", engine, Report(1, (RankCounts(0, 0),))))
+    waiting: deque[asyncio.Future[bytes]] = deque()
+    connected: list[asyncio.Transport] = []
+    number = 0
+
+    class Replies(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            assert b"placed" in data, data
+            waiting.popleft().set_result(data)
+
+    async def decide(body: bytes) -> str:
+        nonlocal number
+        assert "messages" in orjson.loads(body)
+        loop = asyncio.get_running_loop()
+        if not connected:
+            host, _, redis_port = url.partition("//")[2].partition("/")[0].partition(":")
+            connected.append((await loop.create_connection(Replies, host, int(redis_port)))[0])
+        number += 1
+        asked = protocol.dispatch("floor", "floor", [Request(f"{os.getpid()}-{number}", 300)])
+        words = ["EVALSHA", load_script("dispatch").sha, len(asked.keys), *asked.keys, *asked.arguments]
+        texts = [str(word).encode() for word in words]
+        answer = loop.create_future()
+        waiting.append(answer)
+        connected[0].write(b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%b\r\n" % (len(text), text) for text in texts))
+        return "3" if await answer else ""
+
+    return decide
 
 
 def on_uvloop(run: Callable[[int, str], None]) -> Callable[[int, str], None]:
@@ -352,6 +402,8 @@ STACKS: dict[str, Callable[[int, str], None]] = {
     "granian rsgi + aiohttp": granian_with(rsgi_aiohttp, "rsgi"),
     "httptools, bare": bare,
 }
+FLOORS: dict[str, Callable[[int, str, str], None]] = {"httptools, one EVALSHA": bare}
+"""With the address of a Redis."""
 
 if __name__ == "__main__":
-    STACKS[sys.argv[1]](int(sys.argv[2]), f"http://127.0.0.1:{sys.argv[3]}")
+    (STACKS | FLOORS)[sys.argv[1]](int(sys.argv[2]), f"http://127.0.0.1:{sys.argv[3]}", *sys.argv[4:])

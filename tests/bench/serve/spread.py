@@ -70,8 +70,7 @@ class Ranks:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for server in self._servers:
-            self._loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
 
@@ -85,6 +84,14 @@ class Ranks:
         for index, port in enumerate(self.ports):
             server = await asyncio.start_server(lambda r, w, index=index: self._serve(index, r, w), "127.0.0.1", port)
             self._servers.append(server)
+
+    async def _end(self) -> None:
+        for server in self._servers:
+            server.close()
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
 
     async def _serve(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -10,21 +10,17 @@ import http.client
 import json
 import os
 import re
-import subprocess
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.serve.replica import Replica, free_port
-
-KITS = Path(__file__).parents[4] / "shared" / "engines"
-HOME = Path(os.environ.get("ENGINES_HOME", Path.home() / ".cache" / "engines"))
-RANKS = 2
+from tests.serve.engines import kit
+from tests.serve.engines.kit import RANKS
+from tests.serve.replica import Replica
 
 
 @pytest.fixture(scope="module", params=["vllm", "sglang"])
@@ -34,18 +30,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     if url := os.environ.get(f"{kind.upper()}_URL"):
         yield kind, url
         return
-    venv = Path(os.environ.get(f"{kind.upper()}_VENV", HOME / kind))
-    if not (venv / ".engines-kit").exists():
-        reason = f"{kind} is not installed in {venv}: run ../shared/engines/{kind}/install"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    port = str(free_port())
-    more = [str(RANKS)] if kind == "vllm" else []
-    started = subprocess.run([str(KITS / kind / "serve"), port, *more], capture_output=True, text=True)
-    assert started.returncode == 0, started.stdout[-2000:] + started.stderr[-2000:]
-    try:
-        yield kind, f"http://127.0.0.1:{port}"
-    finally:
-        subprocess.run([str(KITS / kind / "stop"), port], check=True, capture_output=True)
+    kit.need(kind)
+    with kit.running(kind) as url:
+        yield kind, url
 
 
 @pytest.fixture
