@@ -4,7 +4,7 @@
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     setting, value, setting, value, ...
 -- RETURNS  {'configured'} or {'newer_schema', schema}
---@include keys, check_types, newer_schema, open_pool, ordinary
+--@include keys, check_types, newer_schema, open_pool, withdraw_ordinary
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()

@@ -12,20 +12,33 @@
 --          then rank, load of each eligible rank where they are wanted}
 --          outcome is 'placed', 'repeated' or 'no_rank'; reason 'nobody_joined', 'all_silent', 'all_draining', 'all_full'
 --          or {'newer_schema', schema}
---@include keys, now_ms, decimal, ordinary, end_with_pool, place_one
-local now, short, from, until_ms, lease_ms, lives, k, sums, largest = now_ms(), #ARGV == 5 and ARGV[2] == '0'
-if short then from, until_ms, lease_ms, lives, k, sums, largest = read_ordinary() end
-short = from and from <= now and now < until_ms
-local reply = short and k == '-' and place_one(now + lease_ms, lives, least_loaded())
-if reply then return reply end  -- before the functions of the other ways are made: they cost half a booking
+--@include keys, now_ms, decimal, ordinary_note
+local now = now_ms()
+if #ARGV == 5 and ARGV[2] == '0' then  -- the short way, in blocks and not in functions: to make those is half a booking
+  local schema, note, sums, largest = unpack(call('HMGET', pool, 'schema', 'ordinary', 'queue_sums', 'largest'))
+  local from, until_ms, lease_ms, lives, policy, k = string.match(note or '', ORDINARY)
+  if from and tonumber(schema) == SCHEMA and tonumber(from) <= now and now < tonumber(until_ms) then
+    local rank, load, score, booked
+    if policy == 'minimum_tokens' then
+--@include least_loaded
+    else
+--@include queue_sums, within_envelope
+    end
+    if rank then
+--@include place_one
+    end
+    if booked == 1 then  -- else there are older bookings, and the keys are not new
+--@include end_with_pool
+      end_with_pool()
+    end
+    if booked then return {'dispatched', 0, 'placed', rank, load} end
+  end
+end
 
---@include queues, within_envelope
-reply = short and k ~= '-' and place_one(now + lease_ms, lives, within_envelope(k, sums, largest))
-if reply then return reply end
-
---@include check_types, engine_record, eligible, booking, remove_engine, add_in_flight, end_bookings
---@include keep_alive, end_leases, recall_silent, expire, weights, scope, view, why_none, room, book, parameter
---@include keep_queues, note_ordinary, remember, least, largest, policies/*, policies
+--@include queue_sums, index_queues, check_types, engine_record, eligible, booking, remove_engine, add_in_flight
+--@include end_bookings, end_with_pool, keep_alive, ordinary_from, withdraw_ordinary, end_leases, recall_silent
+--@include expire, weights, scope, view, why_none, room, book, parameter, keep_queues, note_ordinary, remember, least
+--@include largest, largest_first, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
 local dispatcher, want_loads = unpack(ARGV, 1, 2)
 
@@ -37,61 +50,54 @@ local stale = end_leases(now)
 expire(now, EXPIRED_PER_DISPATCH + (#ARGV - 2) / 3)
 if when_silent == 'last_known' and (stale or call('EXISTS', loads) == 0) then stale = recall_silent(now) end
 
-local ids = {}
+local reply, ids = {'dispatched', stale and 1 or 0}, {}  -- an answer stands in the reply where its id stands in ARGV
 for at = 3, #ARGV, 3 do ids[#ids + 1] = ARGV[at] end
 local records = call('HMGET', bookings, unpack(ids))
-local outcomes, batch, first, again, timed = {}, {}, {}, {}, {}
+local batch, first, again, timed = {}, {}, {}, {}
 local deadline = decimal(now + booking_lease_ms)
 for i, id in ipairs(ids) do
-  local rank, _, counts
+  local at, rank, _, counts = 3 * i
   if records[i] then rank, _, counts = read_booking(records[i]) end
+  reply[at], reply[at + 1], reply[at + 2] = 'no_rank', '', '0'
   if counts then
-    outcomes[i] = {'repeated', rank, call('ZSCORE', loads, rank) or '0'}
+    reply[at], reply[at + 1], reply[at + 2] = 'repeated', rank, call('ZSCORE', loads, rank) or '0'
     timed[#timed + 1], timed[#timed + 2] = deadline, id
   elseif first[id] then
-    again[#again + 1] = i
+    again[#again + 1] = at
   else
-    outcomes[i] = {'no_rank', '', '0'}
-    first[id] = outcomes[i]
-    batch[#batch + 1] = {
-      at = i, id = id, tokens = tonumber(ARGV[3 * i + 1]), request_id = ARGV[3 * i + 2], outcome = outcomes[i],
-      turn = turn_of(id),
-    }
+    first[id] = at
+    batch[#batch + 1] = {at = at, id = id, tokens = tonumber(ARGV[at + 1])}
   end
 end
 
-table.sort(batch, function(one, other)  -- placed together, the largest first
-  return one.tokens > other.tokens or one.tokens == other.tokens and one.at < other.at
-end)
+largest_first(batch)
 read_weights(now)
 look_within(want_loads)
 local reason = #batch > 0 and sees_none() and why_none() or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or envelope)(batch)
 local placed = {}
 for _, request in ipairs(batch) do
-  local place = choose and choose(request)
+  local at, place = request.at, choose and choose(request)
   place = place and (place_with_room(place, request.tokens) or when_full == 'least_loaded' and 1)
   if place then
     request.rank = view[place].rank
-    request.outcome[1], request.outcome[2], request.outcome[3] = 'placed', request.rank, decimal(view[place].load)
+    reply[at], reply[at + 1], reply[at + 2] = 'placed', request.rank, decimal(view[place].load)
     placed[#placed + 1] = request
     timed[#timed + 1], timed[#timed + 2] = deadline, request.id
     add_to(place, request.tokens)
   else
-    request.outcome[2] = reason or 'all_full'
+    reply[at + 1] = reason or 'all_full'
   end
 end
-for _, i in ipairs(again) do  -- an id twice in one list
-  local outcome, rank, load = unpack(first[ids[i]])
-  outcomes[i] = {outcome == 'placed' and 'repeated' or outcome, rank, load}
+for _, at in ipairs(again) do  -- an id twice in one list
+  local same = first[ARGV[at]]
+  reply[at], reply[at + 1], reply[at + 2] = reply[same], reply[same + 1], reply[same + 2]
+  if reply[at] == 'placed' then reply[at] = 'repeated' end
 end
 book(placed, timed, dispatcher, lives)
 write_remembered()
 note_ordinary(now)
 
-outcomes[#outcomes + 1] = string.sub(want_loads, 1, 1) == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or nil
-reply = {'dispatched', stale and 1 or 0}
-for _, part in ipairs(outcomes) do
-  for _, field in ipairs(part) do reply[#reply + 1] = field end
-end
+local listed = string.sub(want_loads, 1, 1) == '1' and call('ZRANGE', loads, '0', '-1', 'WITHSCORES') or {}
+for _, field in ipairs(listed) do reply[#reply + 1] = field end
 return reply

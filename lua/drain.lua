@@ -6,7 +6,7 @@
 --          engine_name  text  of the engine
 --          index        text  the rank's index, or empty for all of the engine's ranks
 -- RETURNS  {'drained' or 'undrained', ranks now eligible in the pool}, {'unknown_rank'} or {'newer_schema', schema}
---@include keys, check_types, decimal, queues, engine_record, eligible, newer_schema, keep_alive
+--@include keys, check_types, decimal, queue_sums, index_queues, engine_record, eligible, newer_schema, keep_alive
 local verb, engine_name, index = unpack(ARGV)
 
 -- with_index: the list of draining indices with one added or taken away.

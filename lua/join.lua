@@ -9,8 +9,8 @@
 --          address          text     where dispatchers reach it, may be empty
 --          capacity_tokens  integer  tokens each rank can hold, 0 for no limit
 -- RETURNS  {'joined', epoch (ms)}, {'wrong_size', the size it has joined with} or {'newer_schema', schema}
---@include keys, check_types, newer_schema, now_ms, decimal, queues, engine_record, eligible, booking, remove_engine
---@include open_pool, overlapping, ordinary, begin_life, keep_alive
+--@include keys, check_types, newer_schema, now_ms, decimal, queue_sums, index_queues, engine_record, eligible
+--@include booking, remove_engine, open_pool, overlapping, withdraw_ordinary, begin_life, keep_alive
 local name, size, nonce, address, capacity_tokens = unpack(ARGV)
 
 local refusal = newer_schema()

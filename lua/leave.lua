@@ -5,7 +5,7 @@
 -- ARGV     name   text     engine, or engine/index for a rank that reports alone
 --          epoch  integer  as given by join
 -- RETURNS  {'left'}, {'fenced', epoch} or {'newer_schema', schema}
---@include keys, check_types, decimal, queues, engine_record, eligible, booking, remove_engine, newer_schema
+--@include keys, check_types, decimal, queue_sums, index_queues, engine_record, eligible, booking, remove_engine, newer_schema
 local name, epoch = unpack(ARGV)
 
 local refusal = newer_schema()

@@ -4,7 +4,7 @@
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     in-flight ids, at most MOST_ENDED
 -- RETURNS  {'released', bookings ended} or {'newer_schema', schema}
---@include keys, check_types, decimal, queues, booking, add_in_flight, end_bookings, newer_schema
+--@include keys, check_types, decimal, queue_sums, index_queues, booking, add_in_flight, end_bookings, newer_schema
 local refusal = newer_schema()
 if refusal then return refusal end
 check_types()

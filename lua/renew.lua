@@ -5,7 +5,8 @@
 -- KEYS     the pool's, in the order of lib/keys.lua
 -- ARGV     id (63-bit decimal), tokens (0 to leave them as they are), for each booking, at most MOST_RENEWED
 -- RETURNS  {'renewed', bookings renewed} or {'newer_schema', schema}
---@include keys, check_types, newer_schema, now_ms, decimal, ordinary, queues, booking, add_in_flight
+--@include keys, check_types, newer_schema, now_ms, decimal, ordinary_note, ordinary_from, withdraw_ordinary
+--@include queue_sums, index_queues, booking, add_in_flight
 local MOST_RENEWED = 500
 
 local refusal = newer_schema()
@@ -14,7 +15,7 @@ check_types()
 local lease_ms = call('HGET', pool, 'booking_lease_ms')
 if not lease_ms or #ARGV == 0 or #ARGV > 2 * MOST_RENEWED then return {'renewed', 0} end
 
-local now, from = now_ms(), read_ordinary()
+local now, from = now_ms(), ordinary_from()
 if from and now < from then withdraw_ordinary() end
 local ids = {}
 for at = 1, #ARGV, 2 do ids[#ids + 1] = ARGV[at] end

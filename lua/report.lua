@@ -12,8 +12,9 @@
 --          then for each rank: holding tokens, requests; then the received in-flight ids
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
---@include keys, check_types, newer_schema, now_ms, decimal, queues, engine_record, eligible, booking, remove_engine
---@include add_in_flight, end_bookings, end_leases, expire, open_pool, overlapping, ordinary, begin_life, keep_alive
+--@include keys, check_types, newer_schema, now_ms, decimal, queue_sums, index_queues, engine_record, eligible
+--@include booking, remove_engine, add_in_flight, end_bookings, end_leases, expire, open_pool, overlapping
+--@include ordinary_note, ordinary_from, withdraw_ordinary, begin_life, keep_alive
 local EXPIRED_PER_REPORT = 256
 local name, size, nonce, address, capacity_tokens, epoch, step = unpack(ARGV, 1, 7)
 local FIRST_COUNT = 8
@@ -31,7 +32,7 @@ for _, other in ipairs(is_known and {} or overlapping(name)) do
 end
 
 local now = now_ms()
-local from = read_ordinary()
+local from = ordinary_from()
 if from and now < from then withdraw_ordinary() end
 if not is_known then
   engine = {name = name, epoch = epoch, step = -1, size = size, draining = '-', nonce = nonce, address = address}

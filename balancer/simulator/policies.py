@@ -91,34 +91,26 @@ class PowerOfTwo:
 class Envelope:
     """Fewest requests among ranks that stay within an envelope in tokens.
 
-    The envelope is as high as the fullest rank, and at most `k` times the decayed largest prompt above the mean, so
-    that a giant leaves the others room without a licence to pile up. Where nobody fits, the rank whose larger share, of
-    tokens or of requests, is least.
+    The envelope is as high as the fullest rank (where `capped`), and at most `k` times the decayed largest prompt above
+    the mean, so that a giant leaves the others room without a licence to pile up. Where nobody fits, the least tokens.
     """
 
-    def __init__(self, k: float = 0.25, decay: float = 0.999) -> None:
-        self._k, self._decay, self._largest = k, decay, 0.0
+    def __init__(self, k: float = 0.25, decay: float = 0.999, capped: bool = True) -> None:
+        self._k, self._decay, self._capped, self._largest = k, decay, capped, 0.0
 
     def choose(self, loads: Loads, tokens: int, turn: int) -> int:
         """The rank with the fewest requests within the envelope; of these the fullest."""
         self._largest = max(float(tokens), self._largest * self._decay)
         held, requests = loads.tokens, loads.requests
-        total = sum(held)
-        room = min(max(held), total / len(held) + self._k * self._largest) - tokens
+        ceiling = sum(held) / len(held) + self._k * self._largest
+        room = (min(max(held), ceiling) if self._capped else ceiling) - tokens
         best, fewest, fullest = -1, 0, 0
         for rank, load in enumerate(held):
             if load <= room:
                 count = requests[rank]
                 if best < 0 or count < fewest or (count == fewest and load > fullest):
                     best, fewest, fullest = rank, count, load
-        if best >= 0:
-            return best
-        tokens_share, requests_share = 1 / max(total, 1), 1 / max(sum(requests), 1)
-        shares = [
-            max((load + tokens) * tokens_share, (count + 1) * requests_share)
-            for load, count in zip(held, requests, strict=True)
-        ]
-        return one_of_least(shares, turn)
+        return best if best >= 0 else one_of_least(held, turn)
 
 
 class CostEnvelope:
@@ -146,7 +138,7 @@ class CostEnvelope:
 
 
 class PendingEnvelope:
-    """For unified engines: of the ranks with the least in flight, the one that the envelope chooses.
+    """For unified engines: of the ranks with the least in flight, the one that an envelope without a cap chooses.
 
     What is in flight is prefill ahead that no report contains yet. A step lasts as long as its longest chunk of
     prefill, and dozens of decode steps of imbalance weigh less than one prompt that waits behind another while the next
@@ -154,7 +146,7 @@ class PendingEnvelope:
     """
 
     def __init__(self) -> None:
-        self._envelope = Envelope()
+        self._envelope = Envelope(capped=False)
 
     def choose(self, loads: Loads, tokens: int, turn: int) -> int:
         """The envelope's choice among the ranks with the fewest tokens in flight."""

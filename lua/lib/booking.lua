@@ -20,8 +20,3 @@ local function read_booking(record)
   if not rank then error('CORRUPT a booking is not one of ours: ' .. record) end
   return rank, tonumber(tokens), tonumber(life) >= (life_of(rank) or math.huge)
 end
-
-local function booking_record(request, lives, dispatcher)
-  if not tonumber(lives) then error('CORRUPT the pool has not counted its lives') end
-  return table.concat({request.rank, request.tokens, lives, dispatcher, request.request_id}, ' ')
-end

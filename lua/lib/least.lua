@@ -9,5 +9,5 @@ local function least(request, cost, places)
   end
   if #found == 1 then return found[1] end
   table.sort(found, function(one, other) return view[one].rank < view[other].rank end)
-  return found[request.turn % #found + 1]
+  return found[turn_of(request) % #found + 1]
 end

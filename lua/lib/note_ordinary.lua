@@ -1,17 +1,19 @@
--- note_ordinary: see ordinary. The end of a dispatch that was not; nothing is due any more, or it is and UNTIL says so.
+-- note_ordinary: see ordinary_note. The end of a dispatch that was not; nothing is due any more, or it is and UNTIL says so.
+local HAVE_SHORT_WAY = {['minimum_tokens'] = true, ['envelope'] = true, ['pending_envelope'] = true}
+
 local function note_ordinary(now)
-  local from, until_ms = read_ordinary()
+  local from, until_ms = ordinary_from()
   if from and from <= now and now < until_ms then return end
   local policy, lives, booking_ms, engine_ms, forget_ms =
     unpack(call('HMGET', pool, 'policy', 'lives', 'booking_lease_ms', 'engine_lease_ms', 'forget_ms'))
-  local k = policy == 'minimum_tokens' and '-' or policy == 'envelope' and parameter('envelope.k', 0.25)
-  if not k or is_weighed or not tonumber(lives) or call('EXISTS', capacity) == 1 then
+  if not HAVE_SHORT_WAY[policy] or is_weighed or not tonumber(lives) or call('EXISTS', capacity) == 1 then
     return from and withdraw_ordinary()
   end
-  if k ~= '-' then keep_queues() end
+  if policy ~= 'minimum_tokens' then keep_queues() end
   until_ms = now + math.min(booking_ms, engine_ms, forget_ms)
   for _, key in ipairs({leases, deadlines}) do
     until_ms = math.min(until_ms, tonumber(call('ZRANGE', key, '0', '0', 'WITHSCORES')[2]) or until_ms)
   end
-  call('HSET', pool, 'ordinary', table.concat({decimal(now), decimal(until_ms), booking_ms, lives, k}, ' '))
+  local note = {decimal(now), decimal(until_ms), booking_ms, lives, policy, parameter(policy .. '.k', 0.25)}
+  call('HSET', pool, 'ordinary', table.concat(note, ' '))
 end

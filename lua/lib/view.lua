@@ -6,8 +6,8 @@ local TURNS = 1000000
 
 -- turn_of: what decides where ranks are equal or chance is asked for: a number below TURNS, the last digits of the
 -- request's in-flight id. It is nobody's choice and the same in every replay; Lua's own random numbers are alike in all runs.
-local function turn_of(id)
-  return tonumber(string.sub(id, -6))
+local function turn_of(request)
+  return tonumber(string.sub(request.id, -6))
 end
 
 local function read_view(from, to)

@@ -1,50 +1,67 @@
--- within_envelope: the choice of policies/envelope for one request, found in the index of queues in a few looks whatever
--- the number of ranks. Returns rank, load, and what is to be done once the request is booked there; nothing where the policy
--- itself has to look at all ranks.
-local DECAY = 0.999
-local MOST_LOOKS = 16
+-- within_envelope: what envelope and pending_envelope choose for one request, found in the index of queues in a few looks
+-- whatever the number of ranks, a block of dispatch. Sets rank and load, and what the index is to say once the request is
+-- booked there: score and sums. Sets no rank where the policy itself has to look at all of them.
+local MOST_LOOKS, LEAST_AT_ONCE, MOST_LEAST = 16, 4, 16
+local tokens, is_pending, nobody_fits = tonumber(ARGV[4]), policy == 'pending_envelope', false
+local all, count, ranks, fewest = string.match(sums or '', QUEUE_SUMS)
+local waiting = fewest
+largest = math.max(tokens, (tonumber(largest) or 0) * DECAY)
 
--- fitting: the first that fits, by requests and then the fullest, with its load and requests; or nil, and whether that is
--- because nobody does. The fullest rank of all, which is never below the mean, is asked for only where it may matter.
-local function fitting(tokens, mean, reach, waiting)
-  local most, ceiling = mean, mean + reach
+if ranks and ranks ~= '0' then
+  local mean = all / ranks
+  local ceiling, most = mean + k * largest, is_pending and math.huge or mean
   for _ = 1, MOST_LOOKS do
-    if ceiling < tokens then return nil, true end
+    nobody_fits = ceiling < tokens
+    if nobody_fits then break end
     local at = decimal(waiting * QUEUE - math.floor(ceiling - tokens))  -- of so many requests what fits, and all with more
-    local rank, score = unpack(call('ZRANGEBYSCORE', queues, at, '+inf', 'LIMIT', '0', '1', 'WITHSCORES'))
-    if not rank then return nil, true end
-    local load
-    load, waiting = queue_counts(score)
-    if load > most then most = load end
-    local after = load + tokens
-    if after <= ceiling and after > most then
+    local found, place = unpack(call('ZRANGEBYSCORE', queues, at, BELOW_PENDING, 'LIMIT', '0', '1', 'WITHSCORES'))
+    nobody_fits = not found
+    if nobody_fits then break end
+    waiting = math.ceil(place / QUEUE)
+    load = waiting * QUEUE - place
+    most = math.max(most, load)
+    if load + tokens <= ceiling and load + tokens > most then  -- the fullest rank is asked for only where it may matter
       most = tonumber(call('ZRANGE', loads, '-1', '-1', 'WITHSCORES')[2])
       ceiling = math.min(ceiling, most)
     end
-    if after <= ceiling then return rank, load, waiting end
+    if load + tokens <= ceiling then
+      rank = found
+      break
+    end
   end
 end
 
-local function within_envelope(k, sums, largest)
-  local tokens = tonumber(ARGV[4])
-  local all, count, ranks, fewest = read_queue_sums(sums)
-  if not ranks or ranks == 0 then return end
-  largest = math.max(tokens, (tonumber(largest) or 0) * DECAY)
-  local rank, load, waiting = fitting(tokens, all / ranks, k * largest, fewest)
-  if not rank then
-    if not load then return end
-    local _, next_load
-    rank, load, _, next_load = unpack(call('ZRANGE', loads, '0', '1', 'WITHSCORES'))
-    local score = rank and call('ZSCORE', queues, rank)
-    if not score then return end
-    _, waiting = queue_counts(score)
-    local is_least = load ~= next_load and (waiting + 1) / math.max(count, 1) <= (load + tokens) / math.max(all, 1)
-    if not is_least then return end
+if nobody_fits then  -- the one with the least tokens; where there are two of these, the policy chooses
+  local is_settled, is_tie
+  for from = 0, MOST_LEAST - 1, LEAST_AT_ONCE do
+    local listed = call('ZRANGE', loads, decimal(from), decimal(from + LEAST_AT_ONCE - 1), 'WITHSCORES')
+    is_settled = #listed < 2 * LEAST_AT_ONCE
+    for at = 1, #listed, 2 do
+      local held = tonumber(listed[at + 1])
+      is_settled = is_settled or rank and held > load
+      if rank and held > load then break end
+      local place = tonumber(call('ZSCORE', queues, listed[at]))
+      if place and place < PENDING then
+        is_tie = rank ~= nil
+        rank, load, waiting = listed[at], held, math.ceil(place / QUEUE)
+      end
+    end
+    if is_settled or is_tie then break end
   end
-  if load + tokens > FULLEST or waiting >= LONGEST then return end
-  return rank, load, function()
-    call('ZADD', queues, decimal(queue_score(load + tokens, waiting + 1)), rank)
-    call('HSET', pool, 'queue_sums', queue_sums(all + tokens, count + 1, ranks, fewest),
-      'largest', string.format('%.17g', largest))
+  if is_tie or not is_settled then rank = nil end
+elseif is_pending and ranks == '0' then
+  local found, place, _, next_place = unpack(call('ZRANGE', queues, '0', '1', 'WITHSCORES'))
+  load = found and place ~= next_place and call('ZSCORE', loads, found)
+  if load then rank, score = found, place + tokens end
+end
+
+if rank and not score then
+  if load + tokens > FULLEST or waiting + 1 > LONGEST then
+    rank = nil
+  elseif is_pending then
+    score, sums = PENDING + tokens, string.format('%d %d %d %d', all - load, count - waiting, ranks - 1, fewest)
+  else
+    score = (waiting + 1) * QUEUE - load - tokens
+    sums = string.format('%d %d %d %d', all + tokens, count + 1, ranks, fewest)
   end
 end

@@ -3,7 +3,7 @@
 -- unequally, all.
 local function minimum_tokens(batch)
   if not is_weighed and not is_scoped then
-    look_at_least(#batch, batch[1].turn)
+    look_at_least(#batch, turn_of(batch[1]))
     return function() return 1 end
   end
   look_at_all()

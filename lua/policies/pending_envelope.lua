@@ -15,6 +15,6 @@ local function pending_envelope(batch)
       if pending < lowest then places, lowest = {place}, pending
       elseif pending == lowest then places[#places + 1] = place end
     end
-    return envelope_among(places, request, k)
+    return envelope_among(places, request, k * request.largest, math.huge)
   end
 end

@@ -4,8 +4,9 @@ local function power_of_two()
   look_at_all()
   return function(request)
     if #view == 1 then return 1 end
-    local one = request.turn % #view
-    local other = (one + 1 + math.floor(request.turn / #view) % (#view - 1)) % #view
+    local turn = turn_of(request)
+    local one = turn % #view
+    local other = (one + 1 + math.floor(turn / #view) % (#view - 1)) % #view
     return least(request, function(seen) return (seen.load + request.tokens) / seen.weight end, {one + 1, other + 1})
   end
 end

@@ -5,8 +5,8 @@ local function random()
   local total = 0
   for _, seen in ipairs(view) do total = total + seen.weight end
   return function(request)
-    if not is_weighed then return request.turn % #view + 1 end
-    local left = request.turn / TURNS * total
+    if not is_weighed then return turn_of(request) % #view + 1 end
+    local left = turn_of(request) / TURNS * total
     for place, seen in ipairs(view) do
       left = left - seen.weight
       if left < 0 then return place end

@@ -130,7 +130,7 @@ class Oracle:
         is_level = self.settings["weights"] == "equal" and all(self.weight(rank, now) == 1 for rank in self.life_of)
         if policy == "round_robin" and is_level:
             wants = {sorted(seen.rank for seen in ranks)[self.turn % len(ranks)]}
-        if policy == "envelope" and any(
+        if policy in ("envelope", "pending_envelope") and any(
             load > MOST_TOKENS or count > MOST_REQUESTS for load, count in self.queues().values()
         ):
             wants = {seen.rank for seen in ranks}  # the index of queues ends there

@@ -55,18 +55,21 @@ def minimum_requests(ranks: Sequence[Seen], asked: Asked) -> list[Seen]:
     return least(ranks, lambda seen: (seen.requests + 1) / seen.weight)
 
 
-def envelope(ranks: Sequence[Seen], asked: Asked, policy: str = "envelope") -> list[Seen]:
-    loads = [seen.load / seen.weight for seen in ranks]
-    ceiling = min(max(loads), sum(loads) / len(loads) + asked.reach(policy))
+def envelope(ranks: Sequence[Seen], asked: Asked) -> list[Seen]:
+    most = max(seen.load / seen.weight for seen in ranks)
+    return within(ranks, asked, min(most, mean_load(ranks) + asked.reach("envelope")))
+
+
+def mean_load(ranks: Sequence[Seen]) -> float:
+    return sum(seen.load / seen.weight for seen in ranks) / len(ranks)
+
+
+def within(ranks: Sequence[Seen], asked: Asked, ceiling: float) -> list[Seen]:
     fitting = [seen for seen in ranks if seen.load / seen.weight + asked.tokens / seen.weight <= ceiling]
     if fitting:
         shortest = least(fitting, lambda seen: seen.requests / seen.weight)
         return least(shortest, lambda seen: -seen.load / seen.weight)
-    of_tokens, of_requests = 1 / max(sum(loads), 1), 1 / max(sum(seen.requests / seen.weight for seen in ranks), 1)
-    return least(
-        ranks,
-        lambda seen: max((seen.load + asked.tokens) * of_tokens, (seen.requests + 1) * of_requests) / seen.weight,
-    )
+    return minimum_tokens(ranks, asked)
 
 
 def cost_envelope(ranks: Sequence[Seen], asked: Asked) -> list[Seen]:
@@ -84,7 +87,7 @@ def cost_envelope(ranks: Sequence[Seen], asked: Asked) -> list[Seen]:
 
 def pending_envelope(ranks: Sequence[Seen], asked: Asked) -> list[Seen]:
     idle = least(ranks, lambda seen: seen.in_flight / seen.weight)
-    return envelope(idle, asked, "pending_envelope")
+    return within(idle, asked, mean_load(idle) + asked.reach("pending_envelope"))
 
 
 RULES: Mapping[str, Callable[[Sequence[Seen], Asked], list[Seen]]] = {

@@ -260,14 +260,13 @@ def test_of_equals_the_turn_decides() -> None:
     assert [one_of_least([5, 3, 3, 3], turn) for turn in range(4)] == [1, 2, 3, 1]
 
 
-def test_the_envelope_prefers_few_requests_within_it_and_balances_both_beyond_it() -> None:
+def test_the_envelope_prefers_few_requests_within_it_and_few_tokens_beyond_it() -> None:
     policy = Envelope()
     # E = min(12,000, 8,750 + 0.25 x 4,000) = 9,750: of the ranks with room for 100, those with 3 requests, the fuller.
     policy.choose(Loads([0] * 4, [0] * 4, [0] * 4), 4_000, 0)
     loads = Loads([12_000, 9_000, 9_500, 4_500], [1, 3, 3, 30], [0] * 4)
     assert policy.choose(loads, 100, 0) == 2
-    # A giant fits nowhere: the least larger share, of 35,000 tokens or 37 requests.
-    assert policy.choose(loads, 20_000, 0) == 1
+    assert policy.choose(loads, 20_000, 0) == 3, "a giant fits nowhere"
 
 
 def test_other_envelopes_weigh_what_the_envelope_leaves_out() -> None:
