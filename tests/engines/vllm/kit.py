@@ -165,7 +165,8 @@ class VllmServer:
 
     def report_ms(self) -> dict[str, float]:
         """How long reports to Redis took, of all ranks together, and the CPU time in them (ms)."""
-        lines = [json.loads(line) for path in self.audit.glob("*.reports") for line in path.read_text().splitlines()]
+        texts = [path.read_text() for path in self.audit.glob("*.reports")]
+        lines = [json.loads(line) for text in texts for line in text.splitlines() if line.endswith("]")]
         took, cpu = sorted(line[2] for line in lines), sorted(line[3] for line in lines)
         shares = {"p50": 0.5, "p99": 0.99, "most": 1.0}
         found = {name: took[int((len(took) - 1) * share)] for name, share in shares.items()} if took else {}
