@@ -2,8 +2,8 @@
 
 Runs inside each EngineCore. At every hand-over of the hook it writes a line to $VLLM_AUDIT/RANK.jsonl: what the hook
 said beside what the scheduler's requests sum up to, counted from nothing. The test compares the two, and Redis to them.
-$VLLM_AUDIT/RANK.reports has a line for each report to Redis: step, when it began, how long it and its thread's CPU took
-(ms).
+$VLLM_AUDIT/RANK.reports has a line for each report to Redis: step, when it began, how long it took, how long its thread
+computed and how long it waited for a CPU (ms).
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def own_sums(scheduler: Scheduler) -> tuple[int, int, int, int]:
     return sum(request.num_tokens for request in live), len(live), pending, usage
 
 
+def thread_times_s() -> list[float]:
+    """How long this thread has computed, and has been ready to and got no CPU."""
+    computed_ns, waited_ns, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return [int(computed_ns) / 1e9, int(waited_ns) / 1e9]
+
+
 class AuditedScheduler(Scheduler):
     """vLLM's scheduler, which watches its own hook."""
 
@@ -54,14 +60,12 @@ class AuditedScheduler(Scheduler):
         publish = Publisher._publish
 
         def timed(publisher: Publisher) -> float:
-            began, began_cpu = time.time(), time.thread_time()
+            before = [time.time(), *thread_times_s()]
             try:
                 return publish(publisher)
             finally:
-                took, took_cpu = time.time() - began, time.thread_time() - began_cpu
-                reports.write(
-                    json.dumps([publisher._step, *(round(s * 1e3, 1) for s in (began, took, took_cpu))]) + "\n"
-                )
+                took = [after - begun for after, begun in zip([time.time(), *thread_times_s()], before, strict=True)]
+                reports.write(json.dumps([publisher._step, *(round(s * 1e3, 1) for s in (before[0], *took))]) + "\n")
 
         Publisher._publish = timed  # type: ignore[method-assign]
 

@@ -164,12 +164,14 @@ class VllmServer:
         return found
 
     def report_ms(self) -> dict[str, float]:
-        """How long reports to Redis took, of all ranks together, and the CPU time in them (ms)."""
-        lines = [json.loads(line) for path in self.audit.glob("*.reports") for line in path.read_text().splitlines()]
-        took, cpu = sorted(line[2] for line in lines), sorted(line[3] for line in lines)
-        shares = {"p50": 0.5, "p99": 0.99, "most": 1.0}
-        found = {name: took[int((len(took) - 1) * share)] for name, share in shares.items()} if took else {}
-        return found | ({"cpu_p50": cpu[len(cpu) // 2]} if cpu else {})
+        """How long reports to Redis took, of all ranks together, and how long their thread got no CPU in them (ms)."""
+        texts = [path.read_text() for path in self.audit.glob("*.reports")]
+        lines = [json.loads(line) for text in texts for line in text.splitlines() if line.endswith("]")]
+        if not lines:
+            return {}
+        took, waited = sorted(line[2] for line in lines), sorted(line[4] for line in lines)
+        at = {"p50": len(lines) // 2, "p99": int(len(lines) * 0.99)}
+        return {name: took[i] for name, i in at.items()} | {f"no_cpu_{name}": waited[i] for name, i in at.items()}
 
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, str]:
         """One request; its status and answer."""

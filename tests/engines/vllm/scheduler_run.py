@@ -19,12 +19,13 @@ from collections import Counter, deque
 from typing import Any
 
 from audit import own_sums
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -35,7 +36,9 @@ BLOCK = 16
 HASHER: list[Any] = []
 
 
-def make_scheduler(model: str, blocks: int, max_num_seqs: int, drafts: int = 0, run_ahead: bool = False) -> Any:
+def make_scheduler(
+    model: str, blocks: int, max_num_seqs: int, drafts: int = 0, run_ahead: bool = False, fetches: bool = False
+) -> Any:
     """The scheduler that an EngineCore would make from these arguments, by the class that the plugin gives it."""
     more: dict[str, Any] = {}
     if drafts:
@@ -45,6 +48,10 @@ def make_scheduler(model: str, blocks: int, max_num_seqs: int, drafts: int = 0, 
             "prompt_lookup_max": 4,
             "prompt_lookup_min": 2,
         }
+    if fetches:
+        more["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="Fetcher", kv_connector_module_path="fetcher", kv_role="kv_both"
+        )
     # Making the arguments loads the general plugins, ours among them, as in every process of vLLM.
     config = EngineArgs(
         model=model,
@@ -92,7 +99,10 @@ def answer(scheduler: Any, planned: Any, dice: random.Random) -> ModelRunnerOutp
         else:
             drafts = len(planned.scheduled_spec_decode_tokens.get(request_id, ()))
             sampled.append([dice.randrange(16, 200) for _ in range(1 + dice.randint(0, drafts))])
-    return ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, sampled)
+    output = ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, sampled)
+    if scheduler.connector is not None:
+        output.kv_connector_output = KVConnectorOutput(finished_recving=scheduler.connector.come(dice))
+    return output
 
 
 class Watch:
@@ -144,7 +154,7 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
     dice = random.Random(seed)
     drafts, run_ahead = 3 * ("drafts" in form), "ahead" in form
     watch = Watch()
-    scheduler = watch.scheduler = make_scheduler(model, 300, 32, drafts, run_ahead)
+    scheduler = watch.scheduler = make_scheduler(model, 300, 32, drafts, run_ahead, form == "fetches")
     counts, ahead, sent, seen = scheduler._dp_balancer, deque(), [], Counter()
     number = 0
     for _ in range(steps):
@@ -166,9 +176,13 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
                 request(live.request_id, [17] * dice.choice([1, 60]), 10, resumable=dice.random() < 0.8)
             )
             seen["session inputs"] += 1
-        if form != "sessions" and dice.random() < 0.01:  # a waiting session keeps its blocks
+        keeps_blocks = form in ("sessions", "fetches")  # one that waits, for its client or its KV
+        if not keeps_blocks and dice.random() < 0.01:
             scheduler.reset_prefix_cache(reset_running_requests=not ahead)
         step(scheduler, ahead, dice, 2 if run_ahead else 1, drafts)
+        seen["fetching"] += any(
+            live.status == RequestStatus.WAITING_FOR_REMOTE_KVS for live in scheduler.requests.values()
+        )
         seen["preemptions"] = max(
             seen["preemptions"], sum(live.num_preemptions for live in scheduler.requests.values())
         )
