@@ -404,6 +404,30 @@ def test_redis_paused_under_load_fails_no_request(
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left", within_s=120)
 
 
+def test_a_scheduler_that_hangs_leaves_the_pool_with_those_that_wait_for_it_until_it_goes_on(
+    server: SGLangServer, shape: Form, outside: Dispatcher, eventually: Eventually
+) -> None:
+    """Under DP attention the others stand in a collective: they live, and would be sent requests."""
+
+    def silent() -> int:
+        return sum(engine.age_ms > 5_000 for engine in outside.snapshot().engines)
+
+    running = threading.Thread(target=server.generate, args=(30, 600))
+    running.start()
+    eventually(lambda: requests_held(outside.snapshot()) == 1, "it runs")
+    hung = server.pids("sglang::scheduler")[-1]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        expected = len(outside.snapshot().engines) if shape.has_attention else 1
+        took_s = eventually(lambda: silent() == expected, "their leases have ended", within_s=90)
+        print(f"\n    hung: out of the pool after {took_s:,.0f} s")
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    eventually(lambda: silent() == 0, "they are back")
+    running.join(120)
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is lost, nothing is left")
+
+
 def test_a_killed_scheduler_leaves_the_pool_with_its_lease_and_a_restart_begins_anew(
     server: SGLangServer, outside: Dispatcher, shape: Form, eventually: Eventually
 ) -> None:
