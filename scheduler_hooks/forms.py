@@ -25,6 +25,10 @@ class Outlet(Protocol):
         """Take a step's counts and received ids; returns at once."""
         ...
 
+    def still_here(self, patience_s: float) -> None:
+        """Say that the engine's loop goes on; see `Publisher.still_here`."""
+        ...
+
     def silence(self) -> None:
         """Report no more."""
         ...

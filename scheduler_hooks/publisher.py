@@ -3,8 +3,9 @@
 The step thread hands over and goes on. The thread sends what is newest, one EVAL at a time: counts that were overtaken
 meanwhile are never sent, received ids all are. While Redis is away it keeps the newest counts and the ids (up to a
 bound, then the oldest are left to their bookings' lease) and tries again; one report after Redis' return the pool is
-exact again. When no step comes it repeats its last report, so that an idle engine keeps its lease; this says that the
-process lives, not that its steps go on.
+exact again. When no step comes it repeats its last report, so that an idle engine keeps its lease. By itself this says
+that the process lives; an adapter that is called in each round of its engine's loop, idle ones too, says so by
+`still_here`, and then the lease of an engine whose loop hangs ends.
 
 A publisher belongs to the process that made it. In a forked copy it does nothing: two processes that report under one
 epoch would overwrite each other, and a child's exit must not take its parent's engine out of the pool.
@@ -92,6 +93,9 @@ class Publisher:
         self._is_silent = False
         self._said_forked = False
         self._said_not_left = False
+        self._patience_s: float | None = None  # what `still_here` was last given
+        self._here_s = 0.0
+        self._is_stuck = False
         self._closing = threading.Event()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"dp-balancer {self._name}", daemon=True)
@@ -108,6 +112,16 @@ class Publisher:
         """
         if self._is_mine() and not self._is_silent:
             self._mailbox.put(step, counts, received)
+
+    def still_here(self, patience_s: float) -> None:
+        """Say that the engine's loop goes on. From the first call on, heartbeats end `patience_s` after the last one.
+
+        A loop that hangs (a collective whose peer is gone, a kernel that does not return) is still a process that
+        lives, and would be sent requests until somebody ends it. With the next round the engine is back. Costs less
+        than a microsecond.
+        """
+        self._here_s = time.monotonic()
+        self._patience_s = patience_s
 
     def silence(self) -> None:
         """Report no more, heartbeats included: the counts can no longer be known, and the lease ends the engine."""
@@ -144,10 +158,23 @@ class Publisher:
             has_news = self._take(0 if pause_s else self._pulse_s)
             if self._closing.is_set():
                 break
+            if not has_news and self._is_sent and self._hangs():
+                continue
             pause_s = self._publish()
             if not has_news:
                 self._follow_lease()
         self._leave()
+
+    def _hangs(self) -> bool:
+        patience_s = self._patience_s
+        is_stuck = patience_s is not None and time.monotonic() - self._here_s > patience_s
+        if is_stuck is not self._is_stuck:
+            self._is_stuck = is_stuck
+            if is_stuck:
+                log.error("%s: no round of the engine's loop for %g s: its lease ends it", self._name, patience_s)
+            else:
+                log.info("%s: the engine's loop goes on", self._name)
+        return is_stuck
 
     def _follow_lease(self) -> None:
         """Learn what the pool's lease is now. Only when no step came, for a step's report renews the lease itself."""

@@ -40,6 +40,10 @@ IDLE_SYNCS = 32
 UNREADABLE_S = 10.0
 """A rank whose counts cannot be read for so long reports no more: its last ones would draw requests for ever."""
 
+STUCK_S = 30.0
+"""A scheduler whose loop makes no round for so long takes its rank out of the pool until it does: its peer may be gone,
+and SGLang's own watchdog ends such a server after 300 s. Long enough for a step that compiles."""
+
 AUTO = "leader"
 """The form where DP_BALANCER_FORM does not say; README, "SGLang", has the measurements behind it."""
 
@@ -78,6 +82,8 @@ class Scheduling:
             self._attach(scheduler)
         if self._counting is None or (self._is_settled and self._hook is None):
             return
+        if self._hook and self._hook.publisher:
+            self._hook.publisher.still_here(STUCK_S)
         if messages:
             self._received.update((request.rid, tokens_of(request)) for request in tokenized(messages))
             while len(self._received) > MAX_WAITING_IDS:  # the oldest are left to their lease

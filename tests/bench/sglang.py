@@ -6,8 +6,8 @@ rounds as asked for, a closed loop of equal requests: what the plugin costs in t
 takes what dp-balancer costs inside the engine, and the controller's dispatch with it and without.
 
 Both servers stay up, but the one that is not asked is frozen (SIGSTOP): SGLang's schedulers and its controller spin
-when idle, and two idle servers take two cores from the one that works. About five minutes on two cores; the seed's
-longer prompts come back with ARGS="--input 1024 --output 128".
+when idle, and one idle server takes the cores from the one that works. About six minutes on two cores; longer prompts
+and answers by ARGS="--input 4096 --output 512".
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--rate", default="inf", help="requests per second (default: all at once, as the seed)")
-    parser.add_argument("--input", type=int, default=512, help="most prompt tokens")
-    parser.add_argument("--output", type=int, default=32, help="most output tokens")
+    parser.add_argument("--input", type=int, default=1024, help="most prompt tokens")
+    parser.add_argument("--output", type=int, default=64, help="most output tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=12, help="pairs of short rounds for the throughput; 0 for none")
     parser.add_argument("--ranks", type=int, default=2)
@@ -111,6 +111,7 @@ def main() -> None:
             DP_BALANCER_URL=str(redis.url),
             DP_BALANCER_POOL="bench",
             DP_BALANCER_FORM=arguments.form,
+            DP_BALANCER_BUDGET_MS="5",  # the plugin's own; the tests give more
             DPB_PROBE_DIR=probed,
             SGLANG_PLUGINS="dp_balancer,dpb_probe",
             **probe,

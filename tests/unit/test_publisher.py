@@ -199,6 +199,20 @@ def test_silence_ends_the_engine_by_its_lease(settings: Settings, look: Look, ev
     assert look.engine() is None
 
 
+def test_an_engine_whose_loop_hangs_leaves_by_its_lease_and_is_back_with_its_next_round(
+    settings: Settings, look: Look, eventually: Eventually
+) -> None:
+    with publishing(settings) as publisher:
+        eventually(lambda: look.engine(), "it has joined")
+        configure(settings, engine_lease_ms=200)
+        publisher.hand_over(1, [(70, 1)])
+        publisher.still_here(patience_s=0.2)
+        eventually(lambda: look.engine().state is EngineState.SILENT, "its lease ends")  # type: ignore[union-attr]
+        publisher.still_here(patience_s=60)
+        eventually(lambda: look.engine().state is EngineState.UP, "it is back")  # type: ignore[union-attr]
+        assert look.rank().holding_tokens == 70
+
+
 def test_an_emptied_redis_has_the_engine_again_after_one_heartbeat(
     settings: Settings, client: redis.Redis, look: Look, eventually: Eventually
 ) -> None:

@@ -369,3 +369,17 @@ def test_a_rank_that_cannot_count_agrees_to_no_gather(settings: Settings, monkey
     assert spoken == {"dp_balancer": 0}
     assert hooks._is_settled
     assert hooks._hook is None
+
+
+def test_a_scheduler_whose_loop_hangs_leaves_the_pool_until_it_goes_on(
+    rank: Rank, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """As when a peer of a collective is gone: the process lives, and SGLang waits minutes before it ends it."""
+    monkeypatch.setattr(scheduling, "STUCK_S", 0.1)
+    rank.loop()
+    (engine,) = dispatcher.snapshot().engines
+    eventually(lambda: dispatcher.snapshot().engines[0].age_ms > 2_000, "no heartbeat comes")
+    monkeypatch.setattr(scheduling, "STUCK_S", 60.0)
+    rank.loop()
+    eventually(lambda: dispatcher.snapshot().engines[0].age_ms < 1_000, "it reports again")
+    assert dispatcher.snapshot().engines[0].epoch == engine.epoch

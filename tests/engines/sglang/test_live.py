@@ -42,6 +42,11 @@ class Form:
     overlaps: bool = False
 
     @property
+    def outlasting(self) -> int:
+        """New tokens of a request that outlasts a Redis that is killed and started again; four ranks are slower."""
+        return 2_000 // self.ranks
+
+    @property
     def flags(self) -> tuple[str, ...]:
         count = str(self.ranks)
         return ("--tp", count, "--dp", count, "--enable-dp-attention") if self.has_attention else ("--dp", count)
@@ -324,16 +329,17 @@ def test_redis_killed_and_started_again_under_load_fails_no_request_and_is_exact
             )
 
         # Given requests that run for long, one of them still on its way, and a stream of short ones
+        tokens = shape.outlasting
         eventually(lambda: shows(0), "the engine has joined")
-        long = [pool.submit(server.generate, 30, 1_500) for _ in range(5)]
+        long = [pool.submit(server.generate, 30, tokens) for _ in range(5)]
         eventually(lambda: shows(5), "they run")
         placement = looker.dispatch("on-its-way", 30)
         with Load(server, streams=3) as load:
             load.after(6)
             # When Redis is killed, and more come while it is away
             os.kill(killed.pid, signal.SIGKILL)
-            long.append(pool.submit(server.generate, 30, 1_500, rid="on-its-way", routed_dp_rank=placement.index))
-            long += [pool.submit(server.generate, 30, 1_500) for _ in range(4)]
+            long.append(pool.submit(server.generate, 30, tokens, rid="on-its-way", routed_dp_rank=placement.index))
+            long += [pool.submit(server.generate, 30, tokens) for _ in range(4)]
             load.after(10)
         assert not load.failed
         eventually(lambda: server.requests() == 10, "the schedulers have them all, and no short one")
@@ -346,7 +352,7 @@ def test_redis_killed_and_started_again_under_load_fails_no_request_and_is_exact
         with Load(server, streams=3) as load:
             load.after(6)
         assert not load.failed
-        assert [answer.result(180)["meta_info"]["completion_tokens"] for answer in long] == [1_500] * 10
+        assert [answer.result(180)["meta_info"]["completion_tokens"] for answer in long] == [tokens] * 10
         eventually(lambda: is_at_rest(looker.snapshot()), "nothing is left")
         eventually(lambda: agrees(looker.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
@@ -396,6 +402,30 @@ def test_redis_paused_under_load_fails_no_request(
     assert not load.failed
     eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left", within_s=120)
+
+
+def test_a_scheduler_that_hangs_leaves_the_pool_with_those_that_wait_for_it_until_it_goes_on(
+    server: SGLangServer, shape: Form, outside: Dispatcher, eventually: Eventually
+) -> None:
+    """Under DP attention the others stand in a collective: they live, and would be sent requests."""
+
+    def silent() -> int:
+        return sum(engine.age_ms > 5_000 for engine in outside.snapshot().engines)
+
+    running = threading.Thread(target=server.generate, args=(30, 600))
+    running.start()
+    eventually(lambda: requests_held(outside.snapshot()) == 1, "it runs")
+    hung = server.pids("sglang::scheduler")[-1]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        expected = len(outside.snapshot().engines) if shape.has_attention else 1
+        took_s = eventually(lambda: silent() == expected, "their leases have ended", within_s=90)
+        print(f"\n    hung: out of the pool after {took_s:,.0f} s")
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    eventually(lambda: silent() == 0, "they are back")
+    running.join(120)
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is lost, nothing is left")
 
 
 def test_a_killed_scheduler_leaves_the_pool_with_its_lease_and_a_restart_begins_anew(

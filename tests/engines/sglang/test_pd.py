@@ -23,6 +23,7 @@ import pytest
 
 from balancer import Dispatcher, Settings
 from balancer.embedded import EmbeddedRedis
+from tests.engines.sglang.probe import PROBE
 from tests.engines.sglang.server import SGLangServer, what_is_missing
 from tests.engines.sglang.test_live import PORT, agrees, is_at_rest, requests_held
 
@@ -46,7 +47,9 @@ def server(role: str, port: int, redis: EmbeddedRedis, *flags: str) -> SGLangSer
         DP_BALANCER_URL=str(redis.url),
         DP_BALANCER_POOL=role,
         DP_BALANCER_ENGINE=role,
-        PYTHONPATH=MOONCAKE,
+        PYTHONPATH=os.pathsep.join((str(PROBE), MOONCAKE)),
+        SGLANG_PLUGINS="dp_balancer,dpb_probe",
+        DPB_PAGEABLE="1",
         MC_FORCE_TCP="1",
         MOONCAKE_PROTOCOL="tcp",
     )

@@ -1,8 +1,12 @@
 """A second plugin, beside ours, that takes the time of what ours does inside SGLang; for tests and measurements only.
 
-Found by SGLang where this folder is on PYTHONPATH. Adds to DPB_PROBE_DIR/PID.jsonl a line {what: [seconds, …]} now and
-then. In a SGLang without dp-balancer it takes the controller's time alone, to compare with. With DPB_OVERLAP=1 it takes
-back the flag by which the kit switches SGLang's overlap scheduling off, and says when a scheduler enters that loop.
+Found by SGLang where this folder is on PYTHONPATH.
+
+DPB_PROBE_DIR   adds to PID.jsonl there a line {what: [seconds, …]} now and then; in a SGLang without dp-balancer the
+                controller's time alone, to compare with
+DPB_OVERLAP=1   takes back the flag by which the kit switches SGLang's overlap scheduling off, and says when a scheduler
+                enters that loop
+DPB_PAGEABLE=1  a prefill server hands its indices to the KV transfer by SGLang's path without memory pinned for a GPU
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ _written_s = 0.0
 def register() -> None:
     if os.environ.get("DPB_OVERLAP") == "1":
         _with_overlap()
+    if os.environ.get("DPB_PAGEABLE") == "1":
+        _with_pageable_memory()
     if folder := os.environ.get("DPB_PROBE_DIR"):
         _with_times(folder)
 
@@ -43,6 +49,17 @@ def _with_overlap() -> None:
 
     HookRegistry.register("sglang.srt.server_args.prepare_server_args", arguments, HookType.BEFORE)
     HookRegistry.register(f"{SCHEDULER}.event_loop_overlap", entered, HookType.BEFORE)
+
+
+def _with_pageable_memory() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def entered(scheduler: Any) -> None:
+        from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+        MooncakeKVSender.supports_host_tensor_indices = False
+
+    HookRegistry.register(f"{SCHEDULER}.event_loop_normal_disagg_prefill", entered, HookType.BEFORE)
 
 
 def _with_times(folder: str) -> None:
