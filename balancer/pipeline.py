@@ -45,6 +45,9 @@ class Pipeline(asyncio.Protocol):
     def ask(self, *words: str | int) -> asyncio.Future[Any]:
         """Send a command; the future is its reply, passed over where it has been cancelled by then."""
         answer: asyncio.Future[Any] = self._loop.create_future()
+        if self.is_lost:
+            answer.set_exception(ConnectionError("the connection has been given up"))
+            return answer
         due = self._loop.time() + self._patience_s
         self._waiting.append((answer, due))
         if self._timer is None:
@@ -66,6 +69,11 @@ class Pipeline(asyncio.Protocol):
                     answer.set_result(reply)
         except (hiredis.ProtocolError, IndexError):  # no reply, or one that nobody has asked for
             self.give_up(ConnectionError("the answer is not Redis'"))
+
+    def eof_received(self) -> bool:
+        """The node has ended."""
+        self.give_up(ConnectionError("Connection closed by server."))
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The node is gone, or was given up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,9 @@ from typing import Any
 class Awaited:
     """An object of the asyncio kind, used as its sync twin: each call runs to its end on a loop of its own."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
         self._inner = inner
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=loop)
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(self._inner, name)

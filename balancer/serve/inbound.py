@@ -22,6 +22,7 @@ class Inbound:
     """One request, read whole."""
 
     __slots__ = (
+        "_first",
         "body",
         "has_body",
         "headers",
@@ -39,6 +40,7 @@ class Inbound:
         self.target = b""
         self.path = b""
         self.headers: Headers = []
+        self._first: dict[bytes, bytes] = {}
         self.body = b""
         self.held = 0  # bytes of the body that the limit on all bodies counts, also when it is not kept any more
         self.has_body = False
@@ -48,10 +50,12 @@ class Inbound:
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name."""
-        for key, value in self.headers:
-            if key.lower() == name:
-                return value
-        return None
+        return self._first.get(name)
+
+    def add(self, name: bytes, value: bytes) -> None:
+        """One more header, as it came."""
+        self.headers.append((name, value))
+        self._first.setdefault(name.lower(), value)
 
 
 class HeldBytes:
@@ -142,7 +146,7 @@ class RequestReader:
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; a trailer of a request goes no further."""
         if self._in_head:
-            self._request.headers.append((name, value))
+            self._request.add(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: refuse early what will not be taken."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import Any, TypeVar
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
@@ -17,6 +18,7 @@ CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST.encode()
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+Family = TypeVar("Family", prometheus.Counter, prometheus.Histogram)
 _RATIO = (0.25, 0.5, 0.75, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2, 4)
 
 
@@ -60,7 +62,7 @@ class Metrics:
         self.duration = histogram(
             "balancer_stream_seconds", "From a request's last byte to its answer's last.", buckets=_SLOW
         ).labels(pool)
-        self._children: dict[tuple[str, ...], prometheus.Counter] = {}
+        self._children: dict[tuple[str, ...], Any] = {}
 
     def decided(self, rank: str, outcome: str) -> None:
         """A decision has been made."""
@@ -76,11 +78,11 @@ class Metrics:
 
     def counted(self, source: str, booked: int, actual: int) -> None:
         """The engine has told how many tokens a prompt had."""
-        self._ratio.labels(self._pool, source).observe(booked / actual)
+        self._child(self._ratio, self._pool, source).observe(booked / actual)
 
-    def _child(self, family: prometheus.Counter, *labels: str) -> prometheus.Counter:
+    def _child(self, family: Family, *labels: str) -> Family:
         key = (family._name, *labels)
-        found = self._children.get(key)
+        found: Family | None = self._children.get(key)
         if found is None:
             found = self._children[key] = family.labels(*labels)
         return found

@@ -86,6 +86,7 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._buffer = b""
         self._head: asyncio.Future[Answer] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._done: asyncio.Future[None] | None = None
         self._sink: Callable[[bytes], None] | None = None
         self._parser: httptools.HttpResponseParser | None = None
@@ -115,14 +116,23 @@ class Connection(asyncio.Protocol):
         self._no_body = no_body
         self._head = head = self._loop.create_future()
         if within_s is not None:
-            timer = self._loop.call_later(within_s, self._too_late, within_s)
-            head.add_done_callback(lambda _: timer.cancel())
+            self._timer = self._loop.call_later(within_s, self._too_late, within_s)
         self.transport.write(data)
         return head
 
     def _too_late(self, within_s: float) -> None:
         if self._head is not None and not self._head.done():
-            self._head.set_exception(UpstreamError(f"no answer within {within_s:g} s", True, is_late=True))
+            self._answered(UpstreamError(f"no answer within {within_s:g} s", True, is_late=True))
+
+    def _answered(self, answer: Answer | UpstreamError) -> None:
+        """The head has come, or will not."""
+        assert self._head is not None
+        if self._timer is not None:
+            self._timer.cancel()
+        if isinstance(answer, UpstreamError):
+            self._head.set_exception(answer)
+        else:
+            self._head.set_result(answer)
 
     @property
     def has_more(self) -> bool:
@@ -175,7 +185,7 @@ class Connection(asyncio.Protocol):
         self._pool.lost(self)
         error = UpstreamError(f"the engine closed the connection{f': {exc}' if exc else ''}", True)
         if self._head is not None and not self._head.done():
-            self._head.set_exception(error)
+            self._answered(error)
         elif self._done is not None and not self._done.done():
             if self._left is None and self._parser is None and exc is None:
                 self._keeps = False
@@ -198,6 +208,8 @@ class Connection(asyncio.Protocol):
     def give_back(self) -> None:
         """The exchange is over: kept for another one if the answer was whole, else closed."""
         self._head = None
+        if self._timer is not None:  # the client went before there was an answer
+            self._timer.cancel()
         if self._is_whole and self._keeps and not self.transport.is_closing():
             if not self.transport.is_reading():
                 self.transport.resume_reading()
@@ -211,17 +223,17 @@ class Connection(asyncio.Protocol):
             try:
                 answer = Answer(self._buffer[:end])
             except UpstreamError as error:
-                self._head.set_exception(error)
+                self._answered(error)
                 self.transport.abort()
                 return
             head, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
             if 100 <= answer.status < 200 and answer.status != 101:
                 continue
             self._prepare(answer, head)
-            self._head.set_result(answer)
+            self._answered(answer)
             return
         if len(self._buffer) > _MOST_HEAD:
-            self._head.set_exception(UpstreamError("the head of the engine's answer has no end", True))
+            self._answered(UpstreamError("the head of the engine's answer has no end", True))
             self.transport.abort()
 
     def _prepare(self, answer: Answer, head: bytes) -> None:

@@ -150,6 +150,18 @@ async def test_a_node_that_closes_fails_what_is_under_way_at_once(node: Node, cl
         await asyncio.wait_for(client.execute_command("GET"), PATIENCE_S)
 
 
+async def test_what_is_asked_of_a_connection_that_was_given_up_fails_at_once(
+    node: Node, client: PipelinedClient
+) -> None:
+    """As where it is lost between its opening and the turn of whoever waited for that."""
+    await client.execute_command("GET")
+    line = client._line
+    assert line is not None
+    line.give_up(ConnectionError("lost"))
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(line.ask("GET"), PATIENCE_S / 2)
+
+
 @pytest.mark.parametrize("words", [b"!nonsense\r\n", b"+OK\r\n+OK\r\n"])
 async def test_what_is_no_reply_or_one_too_many_ends_the_connection(
     node: Node, client: PipelinedClient, words: bytes

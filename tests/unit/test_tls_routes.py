@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+import uvloop
 
 from balancer import AsyncDispatcher, Dispatcher, Outcome, RankCounts, Reporter, Settings, StoreDenied
 from balancer.keys import pool_keys
@@ -118,11 +119,16 @@ def _port(client: redis.Redis) -> int:
 
 
 def _is_served(settings: Settings) -> None:
-    """An engine reports, and both kinds of dispatcher place on it."""
+    """An engine reports, and all kinds of dispatcher place on it."""
     reporter = Reporter(settings, "e", 2)
     reporter.report(1, [RankCounts(0, 0)] * 2)
     reporter.close()
-    for number, dispatcher in enumerate((Dispatcher(settings), Awaited(AsyncDispatcher(settings)))):
+    kinds = (
+        Dispatcher(settings),
+        Awaited(AsyncDispatcher(settings)),
+        Awaited(AsyncDispatcher(settings), uvloop.new_event_loop),  # as `balancer serve` runs
+    )
+    for number, dispatcher in enumerate(kinds):
         assert dispatcher.dispatch(f"r{number}", 10).outcome is Outcome.PLACED
         dispatcher.close()
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ def limited(pid: int, share: float) -> Iterator[None]:
         home = Path(f"/proc/{pid}/cgroup").read_text()
         (group / "cgroup.procs").write_text(str(pid))
     except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
         raise SystemExit(f"a process's share of a core cannot be limited here: {error} (root is needed)") from None
     try:
         yield

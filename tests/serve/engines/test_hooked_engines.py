@@ -183,7 +183,7 @@ def test_its_own_bench_client_loses_no_request(
         assert re.findall(r"Successful requests:\s+(\d+)", said) == ["100"], said[-3000:]
     idle()
     placed = [line for line in lines(*replicas)[before:] if line["rank"]]
-    assert len(placed) == 200
+    assert len(placed) >= 200  # and what the clients ask first, to see that somebody answers
     assert {line["status"] for line in placed} == {200}
     ranks = Counter(line["rank"] for line in placed)
     assert min(ranks.values()) > 60, ranks
