@@ -178,7 +178,7 @@ def snapshot(pool: str) -> Operation[PoolSnapshot]:
     """Everything about the pool at one moment, but for the single bookings."""
 
     def read(reply: Reply) -> PoolSnapshot:
-        _read(pool, reply, "snapshot", 12)
+        _read(pool, reply, "snapshot", 11)
         try:
             return _snapshot(pool, reply)
         except (KeyError, ValueError) as error:

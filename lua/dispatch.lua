@@ -53,15 +53,14 @@ if when_silent == 'last_known' and (stale or call('EXISTS', loads) == 0) then st
 local reply, ids = {'dispatched', stale and 1 or 0}, {}  -- an answer stands in the reply where its id stands in ARGV
 for at = 3, #ARGV, 3 do ids[#ids + 1] = ARGV[at] end
 local records = call('HMGET', bookings, unpack(ids))
-local batch, first, again, timed = {}, {}, {}, {}
-local deadline = decimal(now + booking_lease_ms)
+local batch, first, again, repeated = {}, {}, {}, {}
 for i, id in ipairs(ids) do
   local at, rank, _, counts = 3 * i
   if records[i] then rank, _, counts = read_booking(records[i]) end
   reply[at], reply[at + 1], reply[at + 2] = 'no_rank', '', '0'
   if counts then
     reply[at], reply[at + 1], reply[at + 2] = 'repeated', rank, call('ZSCORE', loads, rank) or '0'
-    timed[#timed + 1], timed[#timed + 2] = deadline, id
+    repeated[#repeated + 1] = id
   elseif first[id] then
     again[#again + 1] = at
   else
@@ -73,7 +72,7 @@ end
 largest_first(batch)
 read_weights(now)
 look_within(want_loads)
-local reason = #batch > 0 and sees_none() and why_none() or nil
+local reason = #batch > 0 and sees_none() and why_none(now) or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or envelope)(batch)
 local placed = {}
 for _, request in ipairs(batch) do
@@ -81,9 +80,8 @@ for _, request in ipairs(batch) do
   place = place and (place_with_room(place, request.tokens) or when_full == 'least_loaded' and 1)
   if place then
     request.rank = view[place].rank
-    reply[at], reply[at + 1], reply[at + 2] = 'placed', request.rank, decimal(view[place].load)
+    reply[at], reply[at + 1], reply[at + 2] = 'placed', request.rank, view[place].load
     placed[#placed + 1] = request
-    timed[#timed + 1], timed[#timed + 2] = deadline, request.id
     add_to(place, request.tokens)
   else
     reply[at + 1] = reason or 'all_full'
@@ -94,7 +92,7 @@ for _, at in ipairs(again) do  -- an id twice in one list
   reply[at], reply[at + 1], reply[at + 2] = reply[same], reply[same + 1], reply[same + 2]
   if reply[at] == 'placed' then reply[at] = 'repeated' end
 end
-book(placed, timed, dispatcher, lives)
+book(placed, repeated, decimal(now + booking_lease_ms), dispatcher, lives)
 write_remembered()
 note_ordinary(now)
 

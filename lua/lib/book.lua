@@ -1,13 +1,15 @@
--- book: placed requests enter the in-flight set on the ranks chosen for them; `timed` lists deadline and id, for these
--- and for bookings that are repeated.
-local function book(placed, timed, dispatcher, lives)
+-- book: placed requests enter the in-flight set on the ranks chosen for them; with them, bookings that are repeated begin
+-- their lease anew.
+local function book(placed, repeated, deadline, dispatcher, lives)
   if #placed > 0 and not tonumber(lives) then error('CORRUPT the pool has not counted its lives') end
-  local of_all = ' ' .. tostring(lives) .. ' ' .. dispatcher .. ' '  -- see booking
-  local records, tokens, count = {}, {}, {}
+  local of_all = ' ' .. tostring(lives) .. ' ' .. dispatcher .. ' '  -- what all records share, see booking
+  local records, timed, tokens, count = {}, {}, {}, {}
+  for i, id in ipairs(repeated) do timed[2 * i - 1], timed[2 * i] = deadline, id end
+  local before = #timed
   for i, request in ipairs(placed) do
-    local rank = request.rank
-    records[2 * i - 1] = request.id
-    records[2 * i] = rank .. ' ' .. ARGV[request.at + 1] .. of_all .. ARGV[request.at + 2]
+    local rank, id, at = request.rank, request.id, 2 * i
+    records[at - 1], records[at] = id, rank .. ' ' .. ARGV[request.at + 1] .. of_all .. ARGV[request.at + 2]
+    timed[before + at - 1], timed[before + at] = deadline, id
     tokens[rank] = (tokens[rank] or 0) + request.tokens
     count[rank] = (count[rank] or 0) + 1
   end

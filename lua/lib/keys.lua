@@ -12,7 +12,7 @@
 --       bookings            hash        in-flight id -> rank, tokens, life, dispatcher, request id
 --       deadlines           sorted set  in-flight id by the ms at which its booking ends
 --       capacity            hash        rank -> tokens it can hold; absent where no limit is known
---       queues              sorted set  eligible rank by its requests, then its load (an index, see lib/queues.lua)
+--       queues              sorted set  eligible rank by its requests, then its load (an index, see lib/queue_sums.lua)
 local pool, engines, leases, loads, holding, requests, in_flight, in_flight_requests,
   bookings, deadlines, capacity, queues = unpack(KEYS)
 local call, try = redis.call, redis.pcall

@@ -1,6 +1,6 @@
 -- view: what a policy sees. `view` lists ranks by load, the least loaded first and equals by name, and stays in order as
 -- requests of the same dispatch are placed on them. Each has rank, load (tokens) and weight; whoever looks closely also
--- sees its requests (held + in flight) and in_flight (tokens).
+-- sees its requests (held + in flight) and, if it says so, in_flight (tokens).
 local view, view_is_whole = {}, false
 local TURNS = 1000000
 
@@ -14,8 +14,9 @@ local function read_view(from, to)
   local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
   view = {}
   for i = 1, #listed, 2 do
-    if may_see(listed[i]) then
-      view[#view + 1] = {rank = listed[i], load = tonumber(listed[i + 1]), weight = weight_of(listed[i])}
+    local rank = listed[i]
+    if not is_scoped or may_see(rank) then
+      view[#view + 1] = {rank = rank, load = tonumber(listed[i + 1]), weight = is_weighed and weight_of(rank) or 1}
     end
   end
 end
@@ -53,17 +54,19 @@ local function sees_none()
   return #view == 0
 end
 
--- look_closely: every eligible rank with its requests and in-flight tokens too.
-local function look_closely()
+-- look_closely: every eligible rank with its requests too, and where `with_tokens` with its in-flight tokens.
+local function counts_in(key)
+  local counts, listed = {}, call('HGETALL', key)
+  for i = 1, #listed, 2 do counts[listed[i]] = listed[i + 1] end
+  return counts
+end
+
+local function look_closely(with_tokens)
   look_at_all()
-  local held, queued, flying = {}, {}, {}
-  for counts, key in pairs({[held] = requests, [queued] = in_flight_requests, [flying] = in_flight}) do
-    local listed = call('HGETALL', key)
-    for i = 1, #listed, 2 do counts[listed[i]] = listed[i + 1] end
-  end
+  local held, queued, flying = counts_in(requests), counts_in(in_flight_requests), with_tokens and counts_in(in_flight)
   for _, seen in ipairs(view) do  -- adding raises what is no number, before anything is written
     seen.requests = (held[seen.rank] or 0) + (queued[seen.rank] or 0)
-    seen.in_flight = (flying[seen.rank] or 0) + 0
+    seen.in_flight = flying and (flying[seen.rank] or 0) + 0
   end
 end
 
@@ -71,7 +74,8 @@ end
 local function add_to(place, tokens)
   local seen = view[place]
   seen.load = seen.load + tokens
-  if seen.requests then seen.requests, seen.in_flight = seen.requests + 1, seen.in_flight + tokens end
+  if seen.requests then seen.requests = seen.requests + 1 end
+  if seen.in_flight then seen.in_flight = seen.in_flight + tokens end
   while view[place + 1] and is_before(view[place + 1], seen) do
     view[place] = view[place + 1]
     place = place + 1

@@ -6,7 +6,7 @@
 local function pending_envelope(batch)
   local k = parameter('pending_envelope.k', 0.25)
   check_types()
-  look_closely()
+  look_closely(true)
   note_largest(batch)
   return function(request)
     local places, lowest = {}, math.huge

@@ -36,7 +36,7 @@ PER_RANK, KV_SHARE, TURNOVERS = 256, 0.75, 8
 LEAST_REQUESTS = 8_000
 OWN = ("round_robin", "minimum_requests", "minimum_tokens", "envelope", "cost_envelope")
 ALL = (*OWN, "sglang_total_tokens", "vllm", "seed")
-UNIFIED = (*ALL, "pending_envelope", "trial:prefill_envelope")
+UNIFIED = (*OWN, "pending_envelope", "trial:prefill_envelope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Options:
     traces: Path
     seeds: int
     quick: bool
+    names: Sequence[str] = tuple(TRACES)
 
     def load(self, name: str) -> list[TimedRequest]:
         return load_trace(self.traces / TRACES[name], rate_per_s=1.0)
@@ -88,7 +89,7 @@ def decode_only(options: Options) -> dict[str, Any]:
     """Decode pools of 16 and 64 ranks: the four traces on both profiles."""
     results: dict[str, Any] = {}
     for ranks, names in ((16, ALL), (64, OWN)):
-        for trace_name in TRACES:
+        for trace_name in options.names:
             trace = options.load(trace_name)
             for profile in (H200, H20):
                 scenario = Scenario(ranks=ranks, profile=profile, warm_up=0.35, cool_down=0.1)
@@ -109,7 +110,7 @@ def many_dispatchers(options: Options) -> dict[str, Any]:
     results: dict[str, Any] = {}
     print(f"\n{'reports 100 ms old, 16 ranks':46}{'16 shared':>12}{'16 private':>12}{'1, reports fresh':>18}")
     for policy in ("envelope", "minimum_tokens"):
-        for trace_name in TRACES:
+        for trace_name in options.names:
             trace = options.load(trace_name)
             for profile in (H200, H20):
                 one = Scenario(profile=profile, report_age_s=0.1, warm_up=0.35, cool_down=0.1)
@@ -141,22 +142,31 @@ def unified(options: Options) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     for kind in (EngineKind.PREFILL_FIRST, EngineKind.MIXED):
-        for trace_name in TRACES:
+        for trace_name in options.names:
             trace = options.load(trace_name)
-            scenario = Scenario(kind=kind, warm_up=0.25, cool_down=0.1)
-            rate_per_s = prefill_rate_per_s(trace, scenario, 0.1 if trace_name == "mooncake" else 0.2)
             # Mooncake's requests are ten times as long, and so are its days.
             count = 1_000 if options.quick else 2_000 if trace_name == "mooncake" else 8_000
+            for profile in (H200, H20):
+                scenario = Scenario(kind=kind, profile=profile, warm_up=0.25, cool_down=0.1)
+                rate_per_s = prefill_rate_per_s(trace, scenario, 0.1 if trace_name == "mooncake" else 0.2)
 
-            def stream(
-                seed: int, trace: list[TimedRequest] = trace, rate: float = rate_per_s, count: int = count
-            ) -> Stream:
-                return Stream.of(scaled(resampled(trace, count, seed), rate_per_s=rate))
+                def stream(
+                    seed: int, trace: list[TimedRequest] = trace, rate: float = rate_per_s, count: int = count
+                ) -> Stream:
+                    return Stream.of(scaled(resampled(trace, count, seed), rate_per_s=rate))
 
-            compared = compare(UNIFIED, scenario, stream, range(options.seeds))
-            print(f"\n{trace_name}: {text(compared)}", flush=True)
-            results[f"{kind}/{trace_name}"] = _document(compared)
+                compared = compare(UNIFIED, scenario, stream, range(options.seeds))
+                print(f"\n{kind}, {trace_name}, {profile.name}; change against minimum_tokens, %")
+                for name in UNIFIED:
+                    changes = [compared.change(name, "minimum_tokens", metric) for metric in UNIFIED_METRICS]
+                    shown = [f"  {t} {_pm(c)}" for t, c in zip(UNIFIED_TITLES, changes, strict=True)]
+                    print(f"  {name:22}" + "".join(shown), flush=True)
+                results[f"{kind}/{trace_name}/{profile.name}"] = _document(compared)
     return results
+
+
+UNIFIED_METRICS = ("tpot_mean_ms", "ttft_mean_ms", "ttft_p99_ms")
+UNIFIED_TITLES = ("TPOT mean", "TTFT mean", "TTFT p99")
 
 
 def speed(options: Options) -> dict[str, Any]:
@@ -210,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which: {', '.join(PARTS)} (default all)")
     parser.add_argument("--traces", type=Path, default=Path("../shared/traces"), help="where the traces are")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trace", action="append", choices=list(TRACES), help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, help="also write the numbers to this file, as JSON")
     parser.add_argument("--quick", action="store_true", help="few requests: shows that it works, proves nothing")
     arguments = parser.parse_args(argv)
@@ -217,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if not arguments.traces.is_dir():
         parser.error(f"no traces in {arguments.traces}: give --traces")
-    options = Options(arguments.traces, arguments.seeds, arguments.quick)
+    options = Options(arguments.traces, arguments.seeds, arguments.quick, arguments.trace or tuple(TRACES))
     results = {}
     for name in arguments.parts or PARTS:
         begun = time.monotonic()

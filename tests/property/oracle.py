@@ -99,11 +99,11 @@ class Oracle:
     def nobody_fresh(self, now: int) -> bool:
         return all(self.life_of[rank].lease_ends <= now for rank in self.loads())
 
-    def why_none(self, scope: Scope) -> str:
+    def why_none(self, scope: Scope, now: int) -> str:
         lives = [life for life in self.lives.values() if not scope.among or {*life.who.ranks} & {*scope.among}]
         if not lives:
             return "nobody_joined"
-        return "all_silent" if all(life.silent for life in lives) else "all_draining"
+        return "all_silent" if all(life.silent or life.lease_ends <= now for life in lives) else "all_draining"
 
     def weight(self, rank: str, now: int) -> float:
         """What the operator has said of a rank or its engine, less while that has just joined."""

@@ -177,7 +177,7 @@ class Program:
         elif id_ in seen:
             assert outcome == seen[id_], f"{request.request_id} was {seen[id_]} in the same list"
         elif not oracle.loads(scope):
-            assert outcome == oracle.why_none(scope)
+            assert outcome == oracle.why_none(scope, self.now)
             seen[id_] = outcome
         else:
             oracle.ask(request.tokens)

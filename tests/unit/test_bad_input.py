@@ -307,7 +307,7 @@ def test_junk_on_the_short_way_of_dispatch_is_refused_or_does_no_harm(
     client.flushall()
 
 
-@pytest.mark.parametrize("name", [name for name in KEY_NAMES if name not in ("leases", "queues")])
+@pytest.mark.parametrize("name", [name for name in KEY_NAMES if name not in ("leases", "loads", "queues")])
 def test_a_look_at_a_pool_with_a_foreign_key_is_refused_too(
     engine: Reporter, admin: PoolAdmin, client: redis.Redis, name: str
 ) -> None:

@@ -304,6 +304,18 @@ def test_each_placement_on_a_last_known_rank_says_so(
     assert [(placement.rank, placement.stale) for placement in placements] == [("gone/0", True)] * 3
 
 
+def test_a_dead_rank_that_drains_is_silent_whatever_the_pool_does_with_the_silent(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
+) -> None:
+    join("e", 2)
+    admin.drain("e")
+    assert reason_of(dispatcher) is NoRankReason.ALL_DRAINING
+    clock.move(5_000)
+    for when_silent in ("last_known", "refuse"):
+        admin.configure(when_silent=when_silent)
+        assert [reason_of(dispatcher) for _ in range(2)] == [NoRankReason.ALL_SILENT] * 2
+
+
 def test_one_fresh_rank_is_preferred_to_all_that_are_silent(
     join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
 ) -> None:

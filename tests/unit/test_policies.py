@@ -146,6 +146,19 @@ def test_the_pending_envelope_lets_no_prompt_wait_while_a_rank_has_none(
     assert sorted(placed["pending_envelope"]) == ["e/0", "e/1", "e/2"]
 
 
+@pytest.mark.parametrize("policy", ["minimum_tokens", "envelope", "pending_envelope"])
+def test_an_ordinary_dispatch_looks_at_a_few_of_many_ranks(
+    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis, policy: str
+) -> None:
+    admin.configure(policy=policy)
+    join("e", 40).report(1, held(*((1_000 + 7 * index, 3 + index % 5) for index in range(40))))
+    dispatcher.dispatch("first", 10)
+    client.config_resetstat()
+    for number in range(30):  # some fit everywhere, some nowhere
+        dispatcher.dispatch(f"r{number}", 50 + 300 * (number % 7))
+    assert "cmdstat_hgetall" not in client.info("commandstats")
+
+
 # -- beside a twin
 
 
