@@ -35,7 +35,7 @@ _AT_ONCE = 4
 _MOST_WAITING = 100_000
 """Releases kept while Redis is away; what is beyond is left to its lease."""
 _RELEASE_AGAIN_S = 0.5
-_GATHER_S = 0.005
+_GATHER_S = 0.02
 """Releases of so long go in one EVAL: a load is above the truth for that time, never below."""
 _NOT_URGENT_S = 0.25
 _RENEW_S = 1.0
