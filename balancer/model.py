@@ -212,14 +212,24 @@ class Incarnation:
 
 @dataclass(frozen=True, slots=True)
 class RankCounts:
-    """What an engine itself counted on one rank: tokens held (running and queued) and requests held."""
+    """What an engine itself counted on one rank: tokens held (running and queued) and requests held.
+
+    From an engine that knows them also `pending_tokens`, those of the held that no step has taken up yet (prompts that
+    wait, and what is left of those in chunks), and `kv_permille`, how much of its KV cache is in use, in thousandths.
+    """
 
     holding_tokens: int
     requests: int
+    pending_tokens: int | None = None
+    kv_permille: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "holding_tokens", checked_count(self.holding_tokens, "holding tokens"))
         object.__setattr__(self, "requests", checked_count(self.requests, "requests"))
+        if self.pending_tokens is not None:
+            object.__setattr__(self, "pending_tokens", checked_count(self.pending_tokens, "pending tokens"))
+        if self.kv_permille is not None:
+            object.__setattr__(self, "kv_permille", checked_count(self.kv_permille, "KV usage", most=1_000))
 
 
 @dataclass(frozen=True, slots=True)

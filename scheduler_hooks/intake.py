@@ -8,8 +8,9 @@ exact when a waiting request generates (its new tokens are in the holding count 
 (the holding count has lost its tokens, the subtraction takes them from the others, and its booking adds them back).
 Only when a rank holds less than its waiting ids came with, since most of them have finished already, is there nothing
 to subtract from: then 0 is published, and the rank looks fuller than it is by the difference until the ids have
-travelled. Requests are counted in the same way. An id received with 0 tokens (rejected, or finished at once) is in no
-count, so nothing is subtracted for it.
+travelled. Requests are counted in the same way, and so are pending tokens: until its id travels, a request is pending
+as a booking. An id received with 0 tokens (rejected, or finished at once) is in no count, so nothing is subtracted for
+it.
 
 In comes the engine's word, on the step thread; out goes a `Share` for this step's report. Nothing here raises for bad
 input: a rank that stumbled would miss the collective, and all others would hang in it.
@@ -33,9 +34,11 @@ MAX_WAITING_IDS = 65_536
 
 _MOST_ID = 2**63 - 1
 _NO_TOKENS = 0
+_MOST_PERMILLE = 1_000
 
-Counts = tuple[int, int]
-"""A rank's holding tokens and requests. A plain pair: the step thread makes one per rank and step."""
+Counts = tuple[int, int] | tuple[int, int, int | None, int | None]
+"""A rank's holding tokens and requests, from an engine that knows them its pending tokens and KV usage too: the fields
+of `balancer.RankCounts`, in order. A plain tuple: the step thread makes one per rank and step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Intake:
         self._most_waiting = most_waiting
         self._holding_tokens = 0
         self._requests = 0
+        self._pending_tokens: int | None = None
+        self._kv_permille: int | None = None
         self._waiting: OrderedDict[int, int] = OrderedDict()
         self._waiting_tokens = 0
         self._waiting_requests = 0
@@ -63,14 +68,28 @@ class Intake:
         """How many received ids wait for a report."""
         return len(self._waiting)
 
-    def take_in(self, holding_tokens: object, requests: object, received_ids: object) -> None:
+    def take_in(
+        self,
+        holding_tokens: object,
+        requests: object,
+        received_ids: object,
+        pending_tokens: object = None,
+        kv_permille: object = None,
+    ) -> None:
         """Take note of a step: tokens and requests held, and id -> tokens of what was received since the last call.
 
-        A count that is none (negative, fractional, NaN, beyond 2**40, of a wrong type) leaves the last good one in
-        place; an id that is none is left out; a known id with bad tokens counts as received with 0.
+        `pending_tokens`, `kv_permille`: None where the engine does not know them. A count that is none (negative,
+        fractional, NaN, beyond 2**40, of a wrong type) leaves the last good one in place; an id that is none is left
+        out; a known id with bad tokens counts as received with 0.
         """
         self._holding_tokens = self._good(holding_tokens, "holding tokens", self._holding_tokens)
         self._requests = self._good(requests, "requests", self._requests)
+        self._pending_tokens = (
+            None if pending_tokens is None else self._good(pending_tokens, "pending tokens", self._pending_tokens or 0)
+        )
+        self._kv_permille = (
+            None if kv_permille is None else self._good(kv_permille, "KV usage", self._kv_permille or 0, _MOST_PERMILLE)
+        )
         for id_, tokens in self._good_mapping(received_ids).items():
             self._wait(id_, tokens)
         while len(self._waiting) > self._most_waiting:
@@ -88,7 +107,13 @@ class Intake:
         else:
             received = [self._end_wait() for _ in range(most_ids)]
         holding_tokens = max(0, self._holding_tokens - self._waiting_tokens)
-        return Share((holding_tokens, max(0, self._requests - self._waiting_requests)), received)
+        requests = max(0, self._requests - self._waiting_requests)
+        pending_tokens = self._pending_tokens
+        if pending_tokens is None and self._kv_permille is None:
+            return Share((holding_tokens, requests), received)
+        if pending_tokens is not None:
+            pending_tokens = max(0, pending_tokens - self._waiting_tokens)
+        return Share((holding_tokens, requests, pending_tokens, self._kv_permille), received)
 
     def _wait(self, id_: object, tokens: object) -> None:
         good_id = self._good(id_, "received id", -1, _MOST_ID)

@@ -130,18 +130,26 @@ class StepHook:
         """How often what went wrong, by kind: bad input, dropped ids. For metrics; each kind is logged once."""
         return self._intake.trouble.counts + self._trouble.counts
 
-    def after_step(self, holding_tokens: int, requests: int, received_ids: Mapping[int, int]) -> None:
+    def after_step(
+        self,
+        holding_tokens: int,
+        requests: int,
+        received_ids: Mapping[int, int],
+        pending_tokens: int | None = None,
+        kv_permille: int | None = None,
+    ) -> None:
         """Take note of a step; to be called by every rank after each of its steps. Never raises.
 
         `holding_tokens`, `requests`: what this rank holds now, running and queued. `received_ids`: in-flight id ->
         tokens that this request added to `holding_tokens` (0 for one that is not held: rejected, or already finished),
-        for what was received since the last call. Bad values are replaced by the last good ones, logged once and
-        counted. A process that leads no rank may give anything.
+        for what was received since the last call. `pending_tokens`, `kv_permille`: as in `balancer.RankCounts`, None
+        where the engine does not know them. Bad values are replaced by the last good ones, logged once and counted. A
+        process that leads no rank may give anything.
         """
         self._step += 1
         try:
             if self._form.leads:
-                self._intake.take_in(holding_tokens, requests, received_ids)
+                self._intake.take_in(holding_tokens, requests, received_ids, pending_tokens, kv_permille)
         except Exception as error:
             self._trouble.note("intake", "a step's counts are left out: %r", error, level=logging.ERROR)
         if (self._step - 1) % self._every:

@@ -5,6 +5,7 @@ DP_BALANCER_URL it does nothing. vLLM is imported when `register` runs, not befo
 
     attach       feature detection, and the wraps: the scheduler's class, the client's add_request_async
     scheduler    what every scheduler class gets: acknowledgements and counts    counts       the counts, kept per step
+    pending      of these counts, what no step has taken up yet
     dispatching  the dispatcher inside an API server                             environment  names, logs, switches
     registering  what an API server must forget again when a client goes while the dispatcher asks the pool
 """

@@ -128,7 +128,8 @@ def _begin(scheduler: Any, plugin: PluginSettings, engine: str, takes_capacity: 
         plugin.settings.pool,
         f", capacity {capacity:,} tokens" if capacity else "",
     )
-    return Counts(scheduler.requests, hook)
+    fetches = getattr(scheduler, "connector", None) is not None
+    return Counts(scheduler.requests, hook, lambda: scheduler.kv_cache_manager.usage, fetches)
 
 
 def _attach_dispatcher(plugin: PluginSettings, engine: str) -> list[str]:

@@ -69,6 +69,7 @@ class Reporting:
         """A step begins: hand over."""
         answer = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self._dp_balancer is not None:
+            _scheduled(self._dp_balancer, answer)
             _hand_over(self._dp_balancer)
         return answer
 
@@ -97,7 +98,14 @@ class Reporting:
         tokens = request.num_tokens
         answer = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         if self._dp_balancer is not None:
-            self._dp_balancer.finished(tokens)
+            self._dp_balancer.finished(request, tokens)
+        return answer
+
+    def _preempt_request(self, request: HeldRequest, *args: Any, **kwargs: Any) -> Any:
+        """A request loses its place: its tokens are ahead again."""
+        answer = super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        if self._dp_balancer is not None:
+            self._dp_balancer.changed([request.request_id])
         return answer
 
     def _update_request_as_session(self, session: HeldRequest, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +113,7 @@ class Reporting:
         before = session.num_tokens
         answer = super()._update_request_as_session(session, *args, **kwargs)  # type: ignore[misc]
         if self._dp_balancer is not None:
-            self._dp_balancer.changed_by(session.num_tokens - before)
+            self._dp_balancer.changed_by(session, session.num_tokens - before)
         return answer
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,5 +131,8 @@ def _is_paused(scheduler: Any) -> bool:
 
 _received = harmless(_trouble, "an acknowledgement")(Counts.received)
 _generated = harmless(_trouble, "counting a step")(lambda counts, outputs: counts.generated(outputs.values()))
+_scheduled = harmless(_trouble, "counting what is pending")(
+    lambda counts, planned: counts.changed([request.req_id for request in planned.scheduled_new_reqs])
+)
 _hand_over = harmless(_trouble, "handing a step over")(Counts.hand_over)
 _close = harmless(_trouble, "leaving the pool")(Counts.close)

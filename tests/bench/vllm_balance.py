@@ -152,21 +152,25 @@ def main() -> None:
                 print(json.dumps(pair), flush=True)
         finally:
             server.stop()
-    table(pairs)
+    changes = table(pairs, "vllm", "pool")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**vars(options), "out": str(options.out), "pairs": pairs}, indent=2) + "\n")
+    found = {**vars(options), "out": str(options.out), "pairs": pairs, "change_percent": changes}
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def table(pairs: list[dict[str, dict[str, Any]]]) -> None:
-    """Means of both sides, and the change within pairs with its 95 % interval."""
-    print(f"{'':22}{'vLLM':>12}{'pool':>12}   change, 95 % of {len(pairs)} pairs")
-    for name in pairs[0]["pool"]:
+def table(pairs: list[dict[str, dict[str, Any]]], theirs: str, ours: str) -> dict[str, tuple[float, float, float]]:
+    """Print the means of both sides; the change (%) from one to the other within pairs, with its interval."""
+    print(f"{'':26}{theirs:>14}{ours:>14}   change, 95 % of {len(pairs)} pairs")
+    changes = {}
+    for name in pairs[0][ours]:
         if name in ("requests", "failed"):
-            print(f"{name:22}{sum(p['vllm'][name] for p in pairs):12,}{sum(p['pool'][name] for p in pairs):12,}")
+            print(f"{name:26}{sum(p[theirs][name] for p in pairs):14,}{sum(p[ours][name] for p in pairs):14,}")
             continue
-        theirs, ours = (statistics.fmean(pair[side][name] for pair in pairs) for side in ("vllm", "pool"))
-        change = interval([100 * (pair["pool"][name] / pair["vllm"][name] - 1) for pair in pairs])
-        print(f"{name:22}{theirs:12,.2f}{ours:12,.2f}   {change[0]:+.1f} % ({change[1]:+.1f} to {change[2]:+.1f})")
+        means = [statistics.fmean(pair[side][name] for pair in pairs) for side in (theirs, ours)]
+        mean, low, high = interval([100 * (pair[ours][name] / pair[theirs][name] - 1) for pair in pairs])
+        print(f"{name:26}{means[0]:14,.2f}{means[1]:14,.2f}   {mean:+.1f} % ({low:+.1f} to {high:+.1f})")
+        changes[name] = (mean, low, high)
+    return changes
 
 
 if __name__ == "__main__":

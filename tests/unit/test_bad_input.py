@@ -150,6 +150,7 @@ def test_counts_and_steps_must_be_whole_numbers_in_range(engine: Reporter, clien
     for make in (
         lambda: RankCounts(count, 1),
         lambda: RankCounts(1, count),
+        *([lambda: RankCounts(1, 1, count), lambda: RankCounts(1, 1, 0, count)] if count is not None else []),
         lambda: engine.report(count, [RankCounts(1, 1)] * 2),
     ):
         with pytest.raises(InvalidInput, match="must be"):

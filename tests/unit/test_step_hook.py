@@ -176,6 +176,29 @@ def test_ids_that_do_not_fit_travel_later_the_oldest_first() -> None:
     assert engine.outbox.reports == [(1, [(30, 2)], [7, 8]), (2, [(64, 4)], [9, 5])]
 
 
+def test_pending_tokens_and_kv_usage_travel_from_those_ranks_that_know_them() -> None:
+    table, outbox = Table(3), Outbox()
+    hooks = [StepHook(GatherForm(table.seat(at), at, 2, 4, outbox if at == 0 else None)) for at in (1, 0)]
+    hooks.insert(0, StepHook(GatherForm(table.seat(2), None, 2, 4, None)))  # leads no rank
+    hooks[0].after_step(0, 0, {})
+    hooks[1].after_step(70, 2, {})
+    hooks[2].after_step(60, 3, {1: 10}, 25, 0)
+    hooks[0].after_step(0, 0, {})
+    hooks[1].after_step(70, 2, {})
+    hooks[2].after_step(60, 3, {})
+    assert outbox.reports == [(1, [(60, 3, 25, 0), (70, 2, None, None)], [1]), (2, [(60, 3), (70, 2)], [])]
+
+
+def test_a_prompt_whose_id_waits_is_pending_as_a_booking_and_nowhere_else() -> None:
+    intake = Intake()
+    intake.take_in(100, 2, {1: 40, 2: 30}, 70, 500)
+    assert intake.share(1).counts == (70, 1, 40, 500), "2 waits, with 30 tokens"
+    assert intake.share().counts == (100, 2, 70, 500)
+    intake.take_in(100, 2, {}, "many", 2_000)
+    assert intake.share().counts == (100, 2, 70, 500), "the last good ones"
+    assert intake.trouble.counts == {"pending tokens": 1, "KV usage": 1}
+
+
 def test_a_waiting_id_that_comes_again_is_one_booking() -> None:
     intake = Intake()
     intake.take_in(5, 1, {1: 5})

@@ -85,34 +85,139 @@ class Hook:
 
     def __init__(self) -> None:
         self.said: list[tuple[int, int, dict[int, int]]] = []
+        self.known: list[tuple[int | None, int | None]] = []
 
-    def after_step(self, tokens: int, requests: int, received: dict[int, int]) -> None:
+    def after_step(
+        self,
+        tokens: int,
+        requests: int,
+        received: dict[int, int],
+        pending_tokens: int | None = None,
+        kv_permille: int | None = None,
+    ) -> None:
         self.said.append((tokens, requests, received))
+        self.known.append((pending_tokens, kv_permille))
 
     def close(self) -> None:
         self.said.append((-1, -1, {}))
 
 
 def live(request_id: str, tokens: int, **more: Any) -> Any:
-    params = SimpleNamespace(extra_args=more.pop("extra_args", None))
-    return SimpleNamespace(
-        request_id=request_id, num_tokens=tokens, sampling_params=params, is_finished=lambda: False, **more
-    )
+    fields: dict[str, Any] = {
+        "sampling_params": SimpleNamespace(extra_args=more.pop("extra_args", None)),
+        "is_finished": lambda: False,
+        "status": SimpleNamespace(name="WAITING"),
+        "num_computed_tokens": 0,
+        "is_prefill_chunk": False,
+    }
+    return SimpleNamespace(request_id=request_id, num_tokens=tokens, **(fields | more))
 
 
 def test_counts_follow_what_happens_to_requests() -> None:
     hook = Hook()
     counts = Counts({}, hook)  # type: ignore[arg-type]
-    counts.received(live("a", 100), True)
-    counts.received(live("b", 50), True)
-    counts.received(live("b", 50), False)
+    a, b = live("a", 100), live("b", 50)
+    counts.received(a, True)
+    counts.received(b, True)
+    counts.received(b, False)
     counts.hand_over()
     output = SimpleNamespace(new_token_ids=[1, 2, 3])
     counts.generated([SimpleNamespace(outputs=[output, output])])
-    counts.finished(53)
-    counts.changed_by(-1)
+    counts.finished(b, 53)
+    counts.changed_by(a, -1)
     counts.hand_over()
     assert hook.said == [(150, 2, {in_flight_id("a"): 100, in_flight_id("b"): 50}), (102, 1, {})]
+
+
+def runs(request: Any, computed: int) -> None:
+    """A step has taken up so many tokens of this request."""
+    request.status = SimpleNamespace(name="RUNNING")
+    request.num_computed_tokens = computed
+    request.is_prefill_chunk = computed < request.num_tokens
+
+
+def test_pending_is_what_waits_and_what_is_left_of_a_prompt_in_chunks() -> None:
+    hook, requests = Hook(), {id_: live(id_, tokens) for id_, tokens in {"a": 100, "b": 50}.items()}
+    counts = Counts(requests, hook)  # type: ignore[arg-type]
+    for request in requests.values():
+        counts.received(request, True)
+    counts.hand_over()
+    runs(requests["a"], 64)
+    counts.changed(["a"])
+    counts.hand_over()
+    runs(requests["a"], 100)  # nobody says so: it is looked at until its last chunk is scheduled
+    counts.hand_over()
+    requests["a"].num_tokens = 101  # it generates, and what its next step computes was never a prompt
+    counts.hand_over()
+    requests["a"].status, requests["a"].num_computed_tokens = SimpleNamespace(name="PREEMPTED"), 0
+    counts.changed(["a"])
+    counts.hand_over()
+    counts.finished(requests.pop("a"), 101)
+    counts.hand_over()
+    assert [pending for pending, _ in hook.known] == [150, 86, 50, 50, 151, 50]
+
+
+def test_a_prompt_whose_kv_comes_from_elsewhere_is_looked_at_while_it_waits() -> None:
+    hook, requests = Hook(), {"a": live("a", 100)}
+    counts = Counts(requests, hook, fetches=True)  # type: ignore[arg-type]
+    counts.received(requests["a"], True)
+    counts.hand_over()
+    requests["a"].num_computed_tokens = 96
+    counts.hand_over()
+    assert [pending for pending, _ in hook.known] == [100, 4]
+
+
+def test_a_session_that_waits_for_its_client_has_nothing_pending() -> None:
+    hook, requests = Hook(), {"a": live("a", 10)}
+    counts = Counts(requests, hook)  # type: ignore[arg-type]
+    counts.received(requests["a"], True)
+    runs(requests["a"], 10)
+    counts.changed(["a"])
+    counts.hand_over()
+    requests["a"].status, requests["a"].num_tokens = SimpleNamespace(name="WAITING_FOR_STREAMING_REQ"), 11
+    counts.hand_over()
+    requests["a"].status, requests["a"].num_tokens = SimpleNamespace(name="WAITING"), 60
+    counts.changed_by(requests["a"], 49)
+    counts.hand_over()
+    assert [pending for pending, _ in hook.known] == [0, 0, 50]
+
+
+def test_what_changed_unnoticed_is_pending_again_after_a_recount() -> None:
+    hook, requests = Hook(), {"a": live("a", 100)}
+    counts = Counts(requests, hook, recount_every=2)  # type: ignore[arg-type]
+    counts.received(requests["a"], True)
+    runs(requests["a"], 100)
+    counts.changed(["a"])
+    counts.hand_over()
+    runs(requests["a"], 32)  # blocks that a transfer had spoilt
+    counts.hand_over()
+    runs(requests["a"], 64)
+    counts.hand_over()
+    assert [pending for pending, _ in hook.known] == [0, 68, 36]
+
+
+def test_kv_usage_goes_in_thousandths_and_a_version_that_cannot_tell_loses_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def cannot() -> float:
+        raise AttributeError("block_pool")
+
+    hook, strange = Hook(), live("a", 7)
+    del strange.is_prefill_chunk
+    runs_ = SimpleNamespace(name="RUNNING")
+    counts = Counts({"a": strange}, hook, lambda: 0.4567)  # type: ignore[arg-type]
+    counts.hand_over()
+    counts.received(strange, True)
+    strange.status = runs_
+    counts.changed(["a"])
+    counts.hand_over()
+    Counts({}, hook, cannot).hand_over()  # type: ignore[arg-type]
+    counts.finished(strange, 7)
+    counts.hand_over()
+    assert hook.known == [(0, 457), (None, 457), (0, None), (None, 457)]
+    assert [said[:2] for said in hook.said] == [(0, 0), (7, 1), (0, 0), (0, 0)]
+    assert "pending tokens are not reported" in caplog.text
+    assert "KV usage is not reported" in caplog.text
 
 
 def test_a_count_that_went_wrong_is_corrected_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,8 +253,8 @@ class Scheduler:
     def add_request(self, request: Any) -> None:
         self.requests[request.request_id] = request
 
-    def schedule(self) -> str:
-        return "planned"
+    def schedule(self) -> Any:
+        return SimpleNamespace(scheduled_new_reqs=[])
 
     def update_from_output(self) -> dict[int, Any]:
         return {}
@@ -167,7 +272,7 @@ def test_a_scheduler_behaves_as_before_and_reports() -> None:
     hook = Hook()
     scheduler = reporting(Scheduler, lambda made: Counts(made.requests, hook))()  # type: ignore[arg-type]
     scheduler.add_request(live("a", 7))
-    assert scheduler.schedule() == "planned"
+    assert scheduler.schedule().scheduled_new_reqs == []
     assert scheduler.finish_requests() == []
     assert hook.said == [(7, 1, {in_flight_id("a"): 7}), (0, 0, {})]
 
@@ -178,7 +283,7 @@ def test_a_hook_that_cannot_begin_leaves_a_scheduler_that_works() -> None:
 
     scheduler = reporting(Scheduler, begin)()
     scheduler.add_request(live("a", 7))
-    assert scheduler.schedule() == "planned"
+    assert scheduler.schedule().scheduled_new_reqs == []
 
 
 def test_a_scheduler_of_another_shape_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:

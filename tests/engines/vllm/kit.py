@@ -64,7 +64,8 @@ def free_of_ours() -> dict[str, str]:
 
 @dataclass
 class VllmServer:
-    """A vLLM from the kit with the plugin in it. `name`: of its pool and its audit; `port`: of its API.
+    """A vLLM from the kit with the plugin in it. `name`: of its audit, and of its pool where `pool` names none, as the
+    nodes of one deployment do that share one; `port`: of its API.
 
     `audited`: its scheduler is `audit.AuditedScheduler`, which writes what the hook said beside the truth.
     """
@@ -78,12 +79,14 @@ class VllmServer:
     audited: bool = True
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    pool: str = ""
 
     def __post_init__(self) -> None:
         self.url = f"http://127.0.0.1:{self.port}"
         self.audit = HOME / "audit" / self.name
         self.log = HOME / "run" / f"{self.port}.log"
-        self.settings = Settings(url=self.redis_url, pool=self.name, budget_ms=5_000)
+        self.pool = self.pool or self.name
+        self.settings = Settings(url=self.redis_url, pool=self.pool, budget_ms=5_000)
 
     def start(self) -> None:
         """Start it, or find it running where servers are kept."""
@@ -97,7 +100,7 @@ class VllmServer:
             "READY_S": str(READY_S),
             "MODEL": self.model,
             "DP_BALANCER_URL": self.redis_url,
-            "DP_BALANCER_POOL": self.name,
+            "DP_BALANCER_POOL": self.pool,
             "DP_BALANCER_DISPATCH": "1",
             "DP_BALANCER_BUDGET_MS": "2000",  # for a machine where a turn on the CPU may take as long
             "PYTHONPATH": str(Path(__file__).parent),
@@ -123,9 +126,13 @@ class VllmServer:
         """Whether its /health says so."""
         return answers(self.port)
 
+    def session(self) -> int:
+        """Id of the session that all its processes are in."""
+        return int((HOME / "run" / f"{self.port}.pid").read_text().split()[0])
+
     def engine_pids(self) -> list[int]:
         """Process ids of its EngineCores, by rank."""
-        session = int((HOME / "run" / f"{self.port}.pid").read_text().split()[0])
+        session = self.session()
         found: dict[int, int] = {}
         for line in subprocess.check_output(["ps", "-eo", "pid,sid,args"], text=True).splitlines()[1:]:
             pid, sid, arguments = line.split(None, 2)
@@ -156,6 +163,16 @@ class VllmServer:
             found[path.stem] = {line.step: line for line in lines}
         return found
 
+    def report_ms(self) -> dict[str, float]:
+        """How long reports to Redis took, of all ranks together, and how long their thread got no CPU in them (ms)."""
+        texts = [path.read_text() for path in self.audit.glob("*.reports")]
+        lines = [json.loads(line) for text in texts for line in text.splitlines() if line.endswith("]")]
+        if not lines:
+            return {}
+        took, waited = sorted(line[2] for line in lines), sorted(line[4] for line in lines)
+        at = {"p50": len(lines) // 2, "p99": int(len(lines) * 0.99)}
+        return {name: took[i] for name, i in at.items()} | {f"no_cpu_{name}": waited[i] for name, i in at.items()}
+
     def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, str]:
         """One request; its status and answer."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
@@ -177,19 +194,19 @@ class VllmServer:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One hand-over: what the hook said, what the scheduler's requests sum up to, when (ms)."""
+    """One hand-over: what the hook said and what the scheduler's requests sum up to (tokens, requests, pending tokens,
+    KV usage in thousandths), ids received, when (ms), and in which of the scheduler's own steps."""
 
     step: int
-    tokens: int
-    requests: int
-    own_tokens: int
-    own_requests: int
+    said: list[int]
+    own: list[int]
     received: int
     at_ms: int
+    turn: int
 
     @property
     def is_right(self) -> bool:
-        return (self.tokens, self.requests) == (self.own_tokens, self.own_requests)
+        return self.said == self.own
 
 
 def answers(port: int) -> bool:

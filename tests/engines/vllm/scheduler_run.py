@@ -18,12 +18,14 @@ import time
 from collections import Counter, deque
 from typing import Any
 
+from audit import own_sums
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -34,7 +36,9 @@ BLOCK = 16
 HASHER: list[Any] = []
 
 
-def make_scheduler(model: str, blocks: int, max_num_seqs: int, drafts: int = 0, run_ahead: bool = False) -> Any:
+def make_scheduler(
+    model: str, blocks: int, max_num_seqs: int, drafts: int = 0, run_ahead: bool = False, fetches: bool = False
+) -> Any:
     """The scheduler that an EngineCore would make from these arguments, by the class that the plugin gives it."""
     more: dict[str, Any] = {}
     if drafts:
@@ -44,6 +48,10 @@ def make_scheduler(model: str, blocks: int, max_num_seqs: int, drafts: int = 0, 
             "prompt_lookup_max": 4,
             "prompt_lookup_min": 2,
         }
+    if fetches:
+        more["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="Fetcher", kv_connector_module_path="fetcher", kv_role="kv_both"
+        )
     # Making the arguments loads the general plugins, ours among them, as in every process of vLLM.
     config = EngineArgs(
         model=model,
@@ -91,7 +99,10 @@ def answer(scheduler: Any, planned: Any, dice: random.Random) -> ModelRunnerOutp
         else:
             drafts = len(planned.scheduled_spec_decode_tokens.get(request_id, ()))
             sampled.append([dice.randrange(16, 200) for _ in range(1 + dice.randint(0, drafts))])
-    return ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, sampled)
+    output = ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, sampled)
+    if scheduler.connector is not None:
+        output.kv_connector_output = KVConnectorOutput(finished_recving=scheduler.connector.come(dice))
+    return output
 
 
 class Watch:
@@ -99,17 +110,21 @@ class Watch:
 
     def __init__(self) -> None:
         self.hand_overs, self.wrong = 0, []
+        self.most_pending = self.most_kv = 0
         self.received: set[int] = set()
         self.scheduler: Any = None
         after_step = StepHook.after_step
 
-        def watched(hook: StepHook, tokens: int, requests: int, received: dict[int, int]) -> None:
-            after_step(hook, tokens, requests, received)
+        def watched(hook: StepHook, *said: Any) -> None:
+            after_step(hook, *said)
+            tokens, requests, received, *known = said
             self.hand_overs += 1
             self.received |= set(received)
-            own = [live.num_tokens for live in self.scheduler.requests.values() if not live.is_finished()]
-            if (tokens, requests) != (sum(own), len(own)):
-                self.wrong.append([self.hand_overs, tokens, requests, sum(own), len(own)])
+            own = own_sums(self.scheduler)
+            self.most_pending = max(self.most_pending, own[2])
+            self.most_kv = max(self.most_kv, own[3])
+            if (tokens, requests, *known) != own:
+                self.wrong.append([self.hand_overs, tokens, requests, *known, *own])
 
         StepHook.after_step = watched  # type: ignore[method-assign]
 
@@ -139,7 +154,7 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
     dice = random.Random(seed)
     drafts, run_ahead = 3 * ("drafts" in form), "ahead" in form
     watch = Watch()
-    scheduler = watch.scheduler = make_scheduler(model, 300, 32, drafts, run_ahead)
+    scheduler = watch.scheduler = make_scheduler(model, 300, 32, drafts, run_ahead, form == "fetches")
     counts, ahead, sent, seen = scheduler._dp_balancer, deque(), [], Counter()
     number = 0
     for _ in range(steps):
@@ -161,9 +176,13 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
                 request(live.request_id, [17] * dice.choice([1, 60]), 10, resumable=dice.random() < 0.8)
             )
             seen["session inputs"] += 1
-        if form != "sessions" and dice.random() < 0.01:  # a waiting session keeps its blocks
+        keeps_blocks = form in ("sessions", "fetches")  # one that waits, for its client or its KV
+        if not keeps_blocks and dice.random() < 0.01:
             scheduler.reset_prefix_cache(reset_running_requests=not ahead)
         step(scheduler, ahead, dice, 2 if run_ahead else 1, drafts)
+        seen["fetching"] += any(
+            live.status == RequestStatus.WAITING_FOR_REMOTE_KVS for live in scheduler.requests.values()
+        )
         seen["preemptions"] = max(
             seen["preemptions"], sum(live.num_preemptions for live in scheduler.requests.values())
         )
@@ -176,7 +195,9 @@ def play(model: str, seed: int, steps: int, form: str) -> dict[str, Any]:
         "wrong": watch.wrong[:5],
         "requests": len(sent),
         "not_acknowledged": sum(received_id(id_) not in watch.received for id_ in sent),
-        "at_the_end": [counts.held_tokens, counts.requests],
+        "at_the_end": [counts.held_tokens, counts.requests, counts._pending.now()],
+        "most_pending_tokens": watch.most_pending,
+        "most_kv_permille": watch.most_kv,
         "troubles": dict(counts.trouble.counts),
         "seen": dict(seen),
     }
@@ -219,8 +240,9 @@ def cost(model: str, live: int, steps: int) -> dict[str, Any]:
         output = ModelRunnerOutput(ids, {id_: at for at, id_ in enumerate(ids)}, [[17]] * len(ids))
         time.sleep(0.002)  # the device computes, and the publisher's thread has its time
         start = time.thread_time()
-        scheduler.update_from_output(planned, output)
+        outputs = scheduler.update_from_output(planned, output)
         whole_s = planned_s + time.thread_time() - start
+        del planned, outputs  # taking 2,000 outputs apart is nobody's cost here
         hook_us.append((whole_s - inner) * 1e6)
         step_ms.append(inner * 1e3)
         if len(scheduler.requests) < live:

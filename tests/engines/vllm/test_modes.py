@@ -1,15 +1,21 @@
-"""vLLM's other ways to serve several ranks: a port for each rank, and the Rust frontend. Dispatchers stand outside."""
+"""vLLM's other ways to serve several ranks: on several nodes, with a port for each rank, by the Rust frontend."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
 
-from balancer import Dispatcher
+from balancer import Dispatcher, Placement
 from balancer.marker import marked
-from tests.engines.vllm.kit import PORT, VllmServer, at_rest, need_vllm, redis_on, until
+from tests.engines.vllm.kit import PORT, VllmServer, at_once, at_rest, need_vllm, redis_on, until
 
 numbers = count(1)
 COMPLETION = {"prompt": "hello there", "max_tokens": 4}
@@ -46,6 +52,111 @@ def test_with_one_port_for_each_rank_a_request_goes_to_the_port_and_needs_no_hea
             at_rest(server.settings)
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def deployed(nodes: list[VllmServer]) -> Iterator[None]:
+    """The nodes of one deployment: none is ready before the others are."""
+    try:
+        with ThreadPoolExecutor(len(nodes)) as starting:
+            list(starting.map(VllmServer.start, nodes))
+        with Dispatcher(nodes[0].settings) as looker:
+            until(lambda: len(looker.snapshot().ranks) == nodes[0].ranks, "all ranks are in the pool", 60)
+        yield
+    finally:
+        for node in nodes:
+            node.stop()
+
+
+@contextlib.contextmanager
+def held_up(node: VllmServer) -> Iterator[None]:
+    """A node whose EngineCores receive nothing: what is sent to them stays in flight."""
+    pids = node.engine_pids()
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_two_nodes_of_a_hybrid_deployment_share_a_pool_and_each_places_on_its_own_ranks(redis_url: str) -> None:
+    def node(number: int) -> VllmServer:
+        local = ("--data-parallel-size-local", "2", "--data-parallel-start-rank", str(2 * number))
+        meet = ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(PORT + 75))
+        environment = {"DP_BALANCER_ENGINE": "hybrid"}
+        flags = ("--data-parallel-hybrid-lb", *local, *meet)
+        port = PORT + 70 + number
+        return VllmServer(f"hybrid-{number}", redis_url, port, 4, 2, "tiny-moe", True, flags, environment, "hybrid")
+
+    nodes = [node(0), node(1)]
+    with deployed(nodes), Dispatcher(nodes[0].settings) as dispatcher:
+        for number, behind in enumerate(nodes):  # the dispatcher inside
+            own = {f"hybrid/{2 * number}": 2, f"hybrid/{2 * number + 1}": 2}
+            with held_up(behind):
+                answers: list[tuple[int, str]] = []
+                works = [functools.partial(behind.post, "/v1/completions", COMPLETION)] * 4
+                sending = threading.Thread(target=lambda: answers.extend(at_once(works)))  # noqa: B023
+                sending.start()
+                until(lambda: in_flight(dispatcher) == own, f"two bookings on each rank of node {number}")  # noqa: B023
+            sending.join()
+            assert [status for status, _ in answers] == [200] * 4, answers
+            at_rest(behind.settings)
+        for placement in placed_everywhere(dispatcher, 4):  # a dispatcher outside, before both
+            number, local = divmod(placement.index, 2)  # a node counts from its own first rank
+            check_acknowledged(nodes[number], placement, dispatcher, {"X-data-parallel-rank": str(local)})
+        at_rest(nodes[0].settings)
+        assert dispatcher.snapshot().expired == 0
+
+
+def test_with_a_server_for_each_rank_the_dispatcher_outside_chooses_the_server(redis_url: str) -> None:
+    def server(rank: int) -> VllmServer:
+        meet = ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(PORT + 85))
+        flags = ("--data-parallel-external-lb", "--data-parallel-rank", str(rank), *meet)
+        environment = {"DP_BALANCER_ENGINE": "external"}
+        port = PORT + 80 + rank
+        return VllmServer(f"external-{rank}", redis_url, port, 2, 1, "tiny-moe", True, flags, environment, "external")
+
+    servers = [server(0), server(1)]
+    with deployed(servers), Dispatcher(servers[0].settings) as dispatcher:
+        for placement in placed_everywhere(dispatcher, 2):
+            check_acknowledged(servers[placement.index], placement, dispatcher, {})
+        for behind in servers:  # whoever comes without a dispatcher has chosen the rank by its port
+            assert behind.post("/v1/completions", COMPLETION)[0] == 200
+        at_rest(servers[0].settings)
+        assert dispatcher.snapshot().expired == 0
+
+
+def in_flight(dispatcher: Dispatcher) -> dict[str, int]:
+    """How many bookings each rank has, of those that have any."""
+    ranks = dispatcher.snapshot().ranks
+    return {rank.rank: rank.in_flight_requests for rank in ranks if rank.in_flight_requests}
+
+
+def placed_everywhere(dispatcher: Dispatcher, ranks: int) -> list[Placement]:
+    """Requests that are booked and not sent yet, one on each rank."""
+    placements = [dispatcher.dispatch(f"everywhere-{next(numbers)}", 10) for _ in range(ranks)]
+    assert {placement.index for placement in placements} == set(range(ranks))
+    return placements
+
+
+def check_acknowledged(
+    server: VllmServer, placement: Placement, dispatcher: Dispatcher, headers: dict[str, str]
+) -> None:
+    """A request placed there is answered, received by its rank and no other of its server, and its booking ends."""
+    before = received_by(server)
+    mark = {"X-Request-Id": marked(placement.request.request_id)}
+    status, text = server.post("/v1/completions", COMPLETION, headers | mark)
+    assert status == 200, text
+    until(lambda: placement.rank not in in_flight(dispatcher), "the booking has ended")
+    after = received_by(server)
+    assert [index for index in after if after[index] > before.get(index, 0)] == [placement.index]
+
+
+def received_by(server: VllmServer) -> dict[int, int]:
+    """How many ids each rank of a server has received."""
+    return {int(rank): sum(line.received for line in lines.values()) for rank, lines in server.audited_steps().items()}
 
 
 def acknowledged(server: VllmServer) -> list[int]:

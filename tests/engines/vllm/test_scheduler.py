@@ -35,16 +35,19 @@ def run(server: EmbeddedRedis, *arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("form", ["plain", "ahead", "drafts", "drafts-ahead", "sessions"])
+@pytest.mark.parametrize("form", ["plain", "ahead", "drafts", "drafts-ahead", "sessions", "fetches"])
 def test_every_hand_over_is_the_schedulers_own_sum(redis_server: EmbeddedRedis, form: str) -> None:
     said = run(redis_server, "play", 7, 400, form)
     assert said["wrong"] == []
     assert said["not_acknowledged"] == 0
-    assert said["at_the_end"] == [0, 0]
+    assert said["at_the_end"] == [0, 0, 0]
+    assert said["most_pending_tokens"] > 1_000
+    assert said["most_kv_permille"] > 900
     assert said["troubles"] == {}
     assert said["hand_overs"] > 400
     assert said["seen"]["aborts"] > 0
     assert said["seen"]["preemptions"] > 0
+    assert (said["seen"]["fetching"] > 0) == (form == "fetches")
     assert said["class"][1] == "Reporting"
     assert ("AsyncScheduler" in said["class"]) == ("ahead" in form), "the class that vLLM would have used"
     with Dispatcher(Settings(url=redis_server.url, pool="slim", budget_ms=2_000)) as looker:
