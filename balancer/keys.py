@@ -1,4 +1,4 @@
-"""The keys of a pool: twelve, all with the pool's hash tag, always in this order. Twin of `lua/lib/keys.lua`."""
+"""The keys of a pool: thirteen, all with the pool's hash tag, always in this order. Twin of `lua/lib/keys.lua`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ KEY_NAMES = (
     "deadlines",
     "capacity",
     "queues",
+    "pressure",
 )
 
 

@@ -284,7 +284,8 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class RankView:
-    """A rank as a snapshot shows it. Tokens and requests; `capacity_tokens` is None where none was given."""
+    """A rank as a snapshot shows it. Tokens and requests; `capacity_tokens` is None where none was given,
+    `pending_tokens` and `kv_permille` (see `RankCounts`) where its engine does not know them."""
 
     rank: str
     state: EngineState
@@ -294,6 +295,8 @@ class RankView:
     in_flight_requests: int
     capacity_tokens: int | None
     age_ms: int
+    pending_tokens: int | None = None
+    kv_permille: int | None = None
 
     @property
     def load_tokens(self) -> int:

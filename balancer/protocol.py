@@ -22,6 +22,7 @@ from balancer.model import (
     Placement,
     PoolSettings,
     PoolSnapshot,
+    RankCounts,
     RankView,
     Report,
     Reported,
@@ -130,7 +131,7 @@ def report(pool: str, incarnation: Incarnation, report: Report) -> Operation[Rep
         raise InvalidInput(f"{incarnation.name} reports {incarnation.size} ranks, not {len(report.counts)}")
     arguments: list[str | int] = [*_identity(incarnation), incarnation.epoch, report.step]
     for counts in report.counts:
-        arguments += (counts.holding_tokens, counts.requests)
+        arguments += (counts.holding_tokens, counts.requests, _pressure(counts))
     arguments += [checked_count(id_, "received id", 0, 2**63 - 1) for id_ in report.received]
 
     def read(reply: Reply) -> Reported:
@@ -178,13 +179,27 @@ def snapshot(pool: str) -> Operation[PoolSnapshot]:
     """Everything about the pool at one moment, but for the single bookings."""
 
     def read(reply: Reply) -> PoolSnapshot:
-        _read(pool, reply, "snapshot", 11)
+        _read(pool, reply, "snapshot", 12)
         try:
             return _snapshot(pool, reply)
         except (KeyError, ValueError) as error:
             raise CorruptPool(f"pool {pool!r} holds something that dp-balancer did not write: {error!r}") from error
 
     return Operation("snapshot", pool_keys(pool), (), read)
+
+
+_UNKNOWN = "-"
+
+
+def _pressure(counts: RankCounts) -> str:
+    """What an engine knows of pending tokens and KV usage, as it is stored; empty where that is nothing."""
+    known = (counts.pending_tokens, counts.kv_permille)
+    return "" if known == (None, None) else " ".join(_UNKNOWN if count is None else str(count) for count in known)
+
+
+def _pressure_of(rank: str, stored: Mapping[str, str]) -> tuple[int | None, int | None]:
+    pending, usage = stored.get(rank, f"{_UNKNOWN} {_UNKNOWN}").split(" ")
+    return (None if pending == _UNKNOWN else int(pending), None if usage == _UNKNOWN else int(usage))
 
 
 def _identity(incarnation: Incarnation) -> tuple[str | int, ...]:
@@ -226,6 +241,7 @@ def _refuse(pool: str, word: str, reply: Reply, incarnation: Incarnation | None)
 def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
     now_ms = int(reply[1])
     fields, records, holding, requests, in_flight, in_flight_requests, capacity = map(_fields, reply[2:9])
+    pressure = _fields(reply[11])
     settings = PoolSettings(
         policy=fields["policy"],
         engine_lease_ms=int(fields["engine_lease_ms"]),
@@ -243,6 +259,7 @@ def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
         engine = by_name.get(rank) or by_name[rank.rpartition("/")[0]]
         draining = int(rank.rpartition("/")[2]) in engine.draining
         silent = engine.state is EngineState.SILENT
+        pending_tokens, kv_permille = _pressure_of(rank, pressure)
         ranks.append(
             RankView(
                 rank=rank,
@@ -253,6 +270,8 @@ def _snapshot(pool: str, reply: Reply) -> PoolSnapshot:
                 in_flight_requests=int(in_flight_requests[rank]),
                 capacity_tokens=int(capacity[rank]) if rank in capacity else None,
                 age_ms=engine.age_ms,
+                pending_tokens=pending_tokens,
+                kv_permille=kv_permille,
             )
         )
     next_deadline = reply[10]

@@ -9,7 +9,8 @@
 -- ARGV     name, size, nonce, address, capacity_tokens  as in join
 --          epoch     integer  as given by join
 --          step      integer  rising within the epoch
---          then for each rank: holding tokens, requests; then the received in-flight ids
+--          then for each rank: holding tokens, requests, pressure (as stored, empty where the engine does not know it);
+--          then the received in-flight ids
 -- RETURNS  {'applied' or 'repeated' or 'late', bookings ended}, {'fenced', epoch}, {'wrong_size', size}
 --          or {'newer_schema', schema}
 --@include keys, check_types, newer_schema, now_ms, decimal, queue_sums, index_queues, engine_record, eligible
@@ -40,21 +41,24 @@ if not is_known then
 end
 
 local ended = 0
-local ids_from = FIRST_COUNT + 2 * size
+local ids_from = FIRST_COUNT + 3 * size
 for from = ids_from, #ARGV, MOST_ENDED do
   ended = ended + end_bookings({unpack(ARGV, from, math.min(from + MOST_ENDED - 1, #ARGV))})
 end
 if step < engine.step then return {'late', ended} end
 
-local held, tokens, queued = {}, {}, {}
+local held, tokens, queued, pressed = {}, {}, {}, {}
 for i, rank in ipairs(ranks_of(engine)) do
-  tokens[i] = ARGV[FIRST_COUNT + 2 * i - 2]
+  tokens[i] = ARGV[FIRST_COUNT + 3 * i - 3]
   held[2 * i - 1], queued[2 * i - 1] = rank, rank
-  held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 2 * i - 1]
+  held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 3 * i - 2]
+  local known = ARGV[FIRST_COUNT + 3 * i - 1]
+  if known ~= '' then pressed[#pressed + 1], pressed[#pressed + 2] = rank, known end
 end
 enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
+if #pressed > 0 then call('HSET', pressure, unpack(pressed)) end
 index_queues(ranks_of(engine))
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now

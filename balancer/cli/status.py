@@ -64,6 +64,8 @@ def as_json(snapshot: PoolSnapshot) -> dict[str, Any]:
                 "requests": rank.requests,
                 "in_flight_requests": rank.in_flight_requests,
                 "capacity_tokens": rank.capacity_tokens,
+                "pending_tokens": rank.pending_tokens,
+                "kv_permille": rank.kv_permille,
                 "age_ms": rank.age_ms,
             }
             for rank in snapshot.ranks
@@ -87,11 +89,24 @@ def as_text(snapshot: PoolSnapshot, url: str) -> list[str]:
         return [*lines, "no engine has joined this pool"]
     titles = ["ENGINE", "STATE", ">RANKS", ">EPOCH", ">STEP", ">REPORT", "ADDRESS"]
     lines += [*table(titles, [_engine_row(engine) for engine in snapshot.engines]), ""]
-    titles = ["RANK", "STATE", ">HOLDING", ">IN FLIGHT", ">LOAD", ">REQUESTS", ">CAPACITY", ">REPORT"]
+    titles = [
+        "RANK",
+        "STATE",
+        ">HOLDING",
+        ">IN FLIGHT",
+        ">LOAD",
+        ">REQUESTS",
+        ">PENDING",
+        ">KV",
+        ">CAPACITY",
+        ">REPORT",
+    ]
     rows = [_rank_row(rank) for rank in snapshot.ranks]
-    if all(rank.capacity_tokens is None for rank in snapshot.ranks):
-        for cells in (titles, *rows):
-            del cells[6]
+    for title in (">PENDING", ">KV", ">CAPACITY"):
+        at = titles.index(title)
+        if all(cells[at] == "-" for cells in rows):  # no engine of this pool tells
+            for cells in (titles, *rows):
+                del cells[at]
     return lines + table(titles, rows)
 
 
@@ -133,6 +148,8 @@ def _rank_row(rank: RankView) -> list[str]:
         number(rank.in_flight_tokens),
         number(rank.load_tokens),
         f"{number(rank.requests)} + {number(rank.in_flight_requests)}",
+        "-" if rank.pending_tokens is None else number(rank.pending_tokens),
+        "-" if rank.kv_permille is None else f"{rank.kv_permille / 10:.1f} %",
         capacity,
         f"{duration(rank.age_ms)} ago",
     ]
@@ -201,6 +218,8 @@ A pool's engines and ranks at one moment of Redis' clock.
   IN FLIGHT  tokens dispatched that this report does not contain
   LOAD       holding + in flight: the number by which ranks are compared
   REQUESTS   held + in flight
+  PENDING    of the tokens held those that no step has taken up yet: prompts that wait
+  KV         how much of the rank's KV cache is in use
   REPORT     age of the last report
   STATE      up; draining (takes no new requests); silent (no report for an engine lease)
 
@@ -213,7 +232,7 @@ The line `load` and its keys in --json are over the ranks that are up.
             when_full, slow_start_ms, weights, parameters},
   engines  [{engine, state, epoch, step, ranks, draining, age_ms, address}],
   ranks    [{rank, state, holding_tokens, in_flight_tokens, load_tokens, requests,
-             in_flight_requests, capacity_tokens, age_ms}]"""
+             in_flight_requests, capacity_tokens, pending_tokens, kv_permille, age_ms}]"""
 
 VERB = Verb(
     name="status",

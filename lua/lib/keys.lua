@@ -13,7 +13,9 @@
 --       deadlines           sorted set  in-flight id by the ms at which its booking ends
 --       capacity            hash        rank -> tokens it can hold; absent where no limit is known
 --       queues              sorted set  eligible rank by its requests, then its load (an index, see lib/queue_sums.lua)
+--       pressure            hash        rank -> pending tokens, KV usage in thousandths, - for unknown; absent where its
+--                                       engine reports neither
 local pool, engines, leases, loads, holding, requests, in_flight, in_flight_requests,
-  bookings, deadlines, capacity, queues = unpack(KEYS)
+  bookings, deadlines, capacity, queues, pressure = unpack(KEYS)
 local call, try = redis.call, redis.pcall
 local SCHEMA = 1

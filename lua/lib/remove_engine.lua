@@ -4,7 +4,7 @@ local function remove_engine(engine)
   local ranks = ranks_of(engine)
   leave_loads(engine)
   for _, rank in ipairs(ranks) do lives[rank] = nil end
-  for _, key in ipairs({holding, requests, in_flight, in_flight_requests, capacity}) do
+  for _, key in ipairs({holding, requests, in_flight, in_flight_requests, capacity, pressure}) do
     call('HDEL', key, unpack(ranks))
   end
   call('ZREM', leases, engine.name)

@@ -58,6 +58,7 @@ class Oracle:
         self.lives: dict[str, Life] = {}
         self.life_of: dict[str, Life] = {}  # by rank
         self.held: dict[str, tuple[int, int]] = {}  # by rank: tokens, requests
+        self.pressure: dict[str, str] = {}  # of ranks whose engine has told
         self.bookings: dict[str, Booking] = {}
         self.last_epoch = self.turn = self.expired = 0
         self.largest = 0.0  # prompt of late, in tokens
@@ -149,6 +150,7 @@ class Oracle:
         if not self.settings:
             self.settings = dict(DEFAULTS)
             self.lives, self.life_of, self.held, self.bookings = {}, {}, {}, {}
+            self.pressure = {}
 
     def lose_settings(self) -> None:
         self.settings = {}
@@ -178,6 +180,7 @@ class Oracle:
         del self.lives[life.who.name]
         for rank in life.who.ranks:
             del self.life_of[rank], self.held[rank]
+            self.pressure.pop(rank, None)
 
     def ask(self, tokens: int) -> None:
         """A new request wants a rank: it takes its turn, and the largest prompt of late is known to be so large."""
@@ -241,4 +244,5 @@ class Oracle:
             "bookings": {id_: (b.rank, b.tokens) for id_, b in self.bookings.items()},
             "deadlines": {id_: b.deadline for id_, b in self.bookings.items()},
             "capacity": {rank: life.who.capacity_tokens for life in limited for rank in life.who.ranks},
+            "pressure": self.pressure,
         }

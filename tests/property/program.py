@@ -98,7 +98,7 @@ class Program:
         pool, queues = found.pop("pool"), found.pop("queues")
         found["engines"] = {name: _engine(name, record) for name, record in found["engines"].items()}
         found["bookings"] = {id_: _booking(record) for id_, record in found["bookings"].items()}
-        for name in set(found) - {"engines", "bookings"}:
+        for name in set(found) - {"engines", "bookings", "pressure"}:
             found[name] = {field: int(value) for field, value in found[name].items()}
         for name, expected in self.oracle.state().items():
             assert found[name] == expected, f"{name}: {found[name]}, the oracle says {expected}"
@@ -266,7 +266,11 @@ class Program:
             return None
         who = self.pick(self.known[-8:])
         step = max(0, self.steps_of[who.nonce] + self.pick((1, 1, 1, 0, -1, 7)))
-        counts = [RankCounts(self.pick(self.weather.counts), self.pick(self.weather.counts)) for _ in who.ranks]
+        some = self.weather.counts
+        counts = [
+            RankCounts(self.pick(some), self.pick(some), self.pick((None, 0, 812)), self.pick((None, 1_000)))
+            for _ in who.ranks
+        ]
         received = [in_flight_id(self.request_id()) for _ in range(self.pick((0, 1, 3, 8)))]
         self.steps_of[who.nonce] = max(step, self.steps_of[who.nonce])
 
@@ -296,6 +300,10 @@ class Program:
                 assert outcome is (Reported.REPEATED if report.step == life.step else Reported.APPLIED)
                 held = ((c.holding_tokens, c.requests) for c in report.counts)
                 oracle.held.update(zip(who.ranks, held, strict=True))
+                for rank, c in zip(who.ranks, report.counts, strict=True):
+                    if (c.pending_tokens, c.kv_permille) != (None, None):
+                        known = ("-" if count is None else str(count) for count in (c.pending_tokens, c.kv_permille))
+                        oracle.pressure[rank] = " ".join(known)
                 life.step, life.silent = report.step, False
                 life.lease_ends = self.now + oracle.ms("engine_lease_ms")
                 oracle.end_leases(self.now, 256)

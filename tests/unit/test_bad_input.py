@@ -222,7 +222,7 @@ OPERATIONS = [
     "leave",
     "configure",
 ]
-DISPATCH_NEVER_READS = ("holding", "requests", "engines")
+DISPATCH_NEVER_READS = ("holding", "requests", "engines", "pressure")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -98,6 +98,17 @@ def test_status_shows_engines_ranks_and_balance(in_pool: Settings, capsys: pytes
     assert re.search(r"^e0/1 +up +1,000 +500 +1,500 +1 \+ 1 +8,000 +\d.* ago$", out, re.M)
 
 
+def test_status_shows_pending_tokens_and_kv_usage_where_an_engine_tells_them(
+    in_pool: Settings, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter.report(8, [RankCounts(3_000, 3, 2_048, 431), RankCounts(1_000, 1)])
+    assert main(["status", "p"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^RANK +STATE .* +REQUESTS +PENDING +KV +CAPACITY +REPORT$", out, re.M)
+    assert re.search(r"^e0/0 .* +3 \+ 0 +2,048 +43\.1 % +8,000 +\d.* ago$", out, re.M)
+    assert re.search(r"^e0/1 .* +1 \+ 0 +- +- +8,000 +\d.* ago$", out, re.M)
+
+
 def test_status_in_json_has_the_keys_that_its_help_documents(
     in_pool: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,7 +420,7 @@ def test_doctor_finds_the_pools_slot_in_a_cluster(
         client.execute_command("CLUSTER ADDSLOTS", *range(16_384))
         eventually(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the cluster is up")
         assert main(["doctor", "--json", "--url", server.url]) == 0
-        assert re.fullmatch(r"on; all 12 keys in slot \d+, on this node", checks(capsys)["cluster"]["seen"])
+        assert re.fullmatch(r"on; all 13 keys in slot \d+, on this node", checks(capsys)["cluster"]["seen"])
 
 
 def snapshot(

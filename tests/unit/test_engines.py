@@ -165,7 +165,7 @@ def test_every_key_of_an_abandoned_pool_ends_by_itself(
     admin.configure(forget_ms=10_000, booking_lease_ms=3_000, policy="envelope")
     join("e", 1)
     dispatcher.dispatch("a", 1)
-    join("limited", 1, capacity_tokens=100)
+    join("limited", 1, capacity_tokens=100).report(1, [RankCounts(0, 0, 0, 0)])
     for key in pool_keys("p")[1:]:
         assert 0 < client.pttl(key) <= 23_000, key
 
@@ -176,7 +176,7 @@ def test_a_report_prolongs_the_life_of_every_key(
     admin.configure(policy="envelope")
     engine = join("e", 1)
     dispatcher.dispatch("a", 1)
-    join("limited", 1, capacity_tokens=100)
+    join("limited", 1, capacity_tokens=100).report(1, [RankCounts(0, 0, 0, 0)])
     for key in pool_keys("p")[1:]:
         client.pexpire(key, 1_000_000)
     engine.report(1, [RankCounts(0, 0)])

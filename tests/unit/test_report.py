@@ -28,6 +28,24 @@ def test_a_report_replaces_the_counts_of_every_rank(join: Join, admin: PoolAdmin
     assert [(rank.holding_tokens, rank.requests) for rank in admin.snapshot().ranks] == [(5, 7), (0, 0)]
 
 
+def test_pressure_is_shown_where_an_engine_knows_it_and_goes_with_its_life(
+    join: Join, admin: PoolAdmin, client: redis.Redis
+) -> None:
+    def seen() -> list[tuple[int | None, int | None]]:
+        return [(rank.pending_tokens, rank.kv_permille) for rank in admin.snapshot().ranks]
+
+    engine = join("e", 3)
+    assert seen() == [(None, None)] * 3
+    engine.report(1, [RankCounts(10, 1, 10, 0), RankCounts(20, 2), RankCounts(5, 1, kv_permille=431)])
+    assert seen() == [(10, 0), (None, None), (None, 431)]
+    assert client.hgetall("dpb:{p}:pressure") == {"e/0": "10 0", "e/2": "- 431"}
+    engine.report(2, [RankCounts(10, 1, 0, 12), RankCounts(20, 2), RankCounts(5, 1, kv_permille=430)])
+    assert seen() == [(0, 12), (None, None), (None, 430)]
+    join("e", 2)
+    assert seen() == [(None, None)] * 2
+    assert not client.exists("dpb:{p}:pressure")
+
+
 def test_a_repeated_report_changes_nothing(join: Join, dispatcher: Dispatcher, admin: PoolAdmin) -> None:
     engine = join("e", 1)
     dispatcher.dispatch_many([Request("a", 10), Request("b", 7)])

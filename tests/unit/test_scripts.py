@@ -110,7 +110,7 @@ def test_the_header_of_the_keys_describes_each_in_the_same_order() -> None:
 
 def test_all_keys_of_a_pool_carry_its_hash_tag() -> None:
     assert all(key.startswith("dpb:{chat}:") for key in pool_keys("chat"))
-    assert len(set(pool_keys("chat"))) == len(KEY_NAMES) == 12
+    assert len(set(pool_keys("chat"))) == len(KEY_NAMES) == 13
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LUA)))

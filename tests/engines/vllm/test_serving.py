@@ -102,7 +102,7 @@ def check_exact(server: VllmServer, snapshots: list[PoolSnapshot]) -> dict[str, 
             if not step:
                 continue  # it has joined and not stepped yet
             line = lines[step]
-            assert [rank.holding_tokens, rank.requests] == line.own[:2], (rank, line)
+            assert [rank.holding_tokens, rank.requests, rank.pending_tokens, rank.kv_permille] == line.own, (rank, line)
             looked += 1
             newest = step
             while newest + 1 in lines and lines[newest + 1].at_ms <= snapshot.now_ms:
