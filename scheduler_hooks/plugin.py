@@ -8,6 +8,7 @@ DP_BALANCER_HOOK         0: do not report loads (default 1)
 DP_BALANCER_DISPATCH     0: do not choose ranks inside the engine (each adapter says its default)
 DP_BALANCER_FORM         gather, leader or auto (default): see the adapter
 DP_BALANCER_EVERY        report at each N-th step, default 1
+DP_BALANCER_CAPACITY     1: a rank's KV cache is its capacity, beyond which it is full (default 0: requests may queue)
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class PluginSettings:
     dispatch: bool | None = None
     form: str = "auto"
     every: int = 1
+    capacity: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> PluginSettings | None:
@@ -63,6 +65,7 @@ class PluginSettings:
             dispatch=_switch(environment, "DP_BALANCER_DISPATCH"),
             form=form,
             every=checked_count(every, "DP_BALANCER_EVERY", 1, 1_000),
+            capacity=_switch(environment, "DP_BALANCER_CAPACITY") is True,
         )
 
 

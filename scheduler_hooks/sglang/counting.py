@@ -10,7 +10,16 @@ also while their KV is still on its way (SGLang's `num_active_tokens` leaves the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Held(NamedTuple):
+    """Tokens and requests of a rank; of the tokens those that have no KV yet; the KV tokens in use, in thousandths."""
+
+    tokens: int
+    requests: int
+    pending_tokens: int
+    kv_permille: int
 
 
 class Counting:
@@ -22,17 +31,23 @@ class Counting:
         mode = getattr(getattr(scheduler, "disaggregation_mode", None), "name", "NULL")
         self._is_disaggregated = mode != "NULL"
 
-    def held(self) -> tuple[int, int]:
-        """Tokens and requests that this rank holds now, running and queued."""
+    def held(self) -> Held:
+        """What this rank holds now, running and queued."""
         scheduler = self._scheduler
         loads = scheduler.load_inquirer.get_loads()
+        used, capacity = loads.num_used_tokens, loads.max_total_num_tokens
         tokens = loads.num_total_tokens + to_prefill(scheduler.chunked_req)
         if self._is_disaggregated:
-            return tokens, loads.num_running_reqs + loads.num_waiting_reqs
-        # A request has a slot from its first chunk to its end. SGLang's own count of the running lacks those that are
-        # in their first step and in no batch yet.
-        running = self._slots - scheduler.req_to_token_pool.available_size()
-        return tokens, max(0, running) + loads.num_waiting_reqs
+            requests = loads.num_running_reqs + loads.num_waiting_reqs
+        else:
+            # A request has a slot from its first chunk to its end. SGLang's own count of the running lacks those that
+            # are in their first step and in no batch yet.
+            requests = max(0, self._slots - scheduler.req_to_token_pool.available_size()) + loads.num_waiting_reqs
+        return Held(tokens, requests, max(0, tokens - used), min(1_000, 1_000 * used // max(1, capacity)))
+
+    def capacity_tokens(self) -> int:
+        """Tokens for which this rank has KV memory."""
+        return int(self._scheduler.load_inquirer.get_loads().max_total_num_tokens)
 
     def waiting_for_grammar(self) -> set[str]:
         """Ids of requests whose grammar is being compiled: SGLang counts their tokens nowhere until it is."""

@@ -24,7 +24,7 @@ from scheduler_hooks.intake import MAX_WAITING_IDS
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
 from scheduler_hooks.sglang.agreement import Agreement
-from scheduler_hooks.sglang.counting import Counting, led_rank, tokenized, tokens_of
+from scheduler_hooks.sglang.counting import Counting, Held, led_rank, tokenized, tokens_of
 from scheduler_hooks.sglang.identity import address, engine_name
 from scheduler_hooks.sglang.targets import SCHEDULER_TARGETS, not_applied
 from scheduler_hooks.step_hook import StepHook
@@ -66,7 +66,7 @@ class Scheduling:
         self._idle_syncs = 0
         self._idle_cadence = IDLE_SYNCS
         self._last_look = float("-inf")
-        self._last_counts = (-1, -1)
+        self._last_held: Held | None = None
         self._repeats = 0
         self._unreadable_since: float | None = None
         self.received = harmless(self._trouble, "taking note of received requests")(self._on_received)
@@ -150,17 +150,17 @@ class Scheduling:
     def _report(self, hook: StepHook, is_idle: bool = False) -> None:
         if self._counting is None:  # it leads no rank, and brings its row
             return hook.after_step(0, 0, {})
-        tokens, requests = self._counting.held()
+        held = self._counting.held()
         self._compiling = self._received.keys() & self._counting.waiting_for_grammar()
         ready = {rid: count for rid, count in self._received.items() if rid not in self._compiling}
-        is_news = bool(ready) or (tokens, requests) != self._last_counts
+        is_news = bool(ready) or held != self._last_held
         self._repeats = 0 if is_news else self._repeats + 1
         if is_idle and self._repeats >= self._plugin.every:  # so often that one of them has been passed on
             return None
         self._received = {rid: self._received[rid] for rid in self._compiling}  # their tokens are in no count yet
-        self._last_counts = (tokens, requests)
+        self._last_held = held
         received = {id_: 0 if at else count for rid, count in ready.items() for at, id_ in enumerate(received_ids(rid))}
-        return hook.after_step(tokens, requests, received)
+        return hook.after_step(held.tokens, held.requests, received, held.pending_tokens, held.kv_permille)
 
     def _attach(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -204,6 +204,7 @@ class Scheduling:
             group=group,
             every=self._plugin.every,
             address=address(self._plugin, self._scheduler.server_args),
+            capacity_tokens=self._capacity_tokens,
         )
         self._is_settled = self._is_gathering = True
         if self._hook.publisher is not None:
@@ -222,8 +223,13 @@ class Scheduling:
             index=self._rank,
             every=self._plugin.every,
             address=address(self._plugin, self._scheduler.server_args),
+            capacity_tokens=self._capacity_tokens,
         )
         log.info("dp-balancer reports %s/%d to pool %s (leader form)", self._engine, self._rank, self._pool)
+
+    @property
+    def _capacity_tokens(self) -> int | None:
+        return self._counting.capacity_tokens() if self._plugin.capacity and self._counting else None
 
     @property
     def _engine(self) -> str:

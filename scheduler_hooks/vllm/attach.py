@@ -20,7 +20,7 @@ from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.step_hook import StepHook
 from scheduler_hooks.vllm.counts import Counts
 from scheduler_hooks.vllm.dispatching import InsideDispatcher, dispatching
-from scheduler_hooks.vllm.environment import agree_on_engine, log_as_vllm, wants_capacity
+from scheduler_hooks.vllm.environment import agree_on_engine, log_as_vllm
 from scheduler_hooks.vllm.registering import registering
 from scheduler_hooks.vllm.scheduler import NEEDED, reporting
 
@@ -93,11 +93,10 @@ def _attach_hook(plugin: PluginSettings, engine: str) -> list[str]:
         log.warning("DP_BALANCER_EVERY is not for vLLM: an idle rank's last counts would wait for ever")
     get_scheduler_cls = SchedulerConfig.get_scheduler_cls
     if not hasattr(get_scheduler_cls, _MARK):
-        takes_capacity = wants_capacity(os.environ)
         made: dict[type, type] = {}
 
         def begin(scheduler: Any) -> Counts:
-            return _begin(scheduler, plugin, engine, takes_capacity)
+            return _begin(scheduler, plugin, engine)
 
         @functools.wraps(get_scheduler_cls)
         def wrapped(config: Any) -> type:
@@ -113,10 +112,10 @@ def _attach_hook(plugin: PluginSettings, engine: str) -> list[str]:
     return []
 
 
-def _begin(scheduler: Any, plugin: PluginSettings, engine: str, takes_capacity: bool) -> Counts:
+def _begin(scheduler: Any, plugin: PluginSettings, engine: str) -> Counts:
     log_as_vllm()
     index = scheduler.vllm_config.parallel_config.data_parallel_index
-    capacity = getattr(scheduler.cache_config, "kv_cache_size_tokens", None) if takes_capacity else None
+    capacity = getattr(scheduler.cache_config, "kv_cache_size_tokens", None) if plugin.capacity else None
     hook = StepHook.leading(
         plugin.settings, engine=engine, index=index, address=plugin.address, capacity_tokens=capacity
     )

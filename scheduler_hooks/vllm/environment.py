@@ -1,7 +1,6 @@
-"""What this plugin takes from its surroundings: the engine's name, the switches that only vLLM has, vLLM's own log.
+"""What this plugin takes from its surroundings: the engine's name, its own switch, vLLM's log.
 
 DP_BALANCER_DISPATCH     1: API servers choose ranks by the pool (default 0: vLLM's own balancer does)
-DP_BALANCER_CAPACITY     1: a rank's KV cache is its capacity, beyond which it is full (default 0: requests may queue)
 """
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 
-from balancer import InvalidInput
 from balancer.model import MAX_NAME_BYTES, as_name
 
 OURS = ("scheduler_hooks", "balancer")
@@ -44,14 +42,6 @@ def agree_on_engine(environment: MutableMapping[str, str], arguments: Sequence[s
     if not environment.get("DP_BALANCER_ENGINE"):  # set but empty is not set, as everywhere
         environment["DP_BALANCER_ENGINE"] = default_engine(arguments)
     return environment["DP_BALANCER_ENGINE"]
-
-
-def wants_capacity(environment: Mapping[str, str]) -> bool:
-    """Whether the KV cache's size is to be a rank's capacity. Raises `InvalidInput`."""
-    text = environment.get("DP_BALANCER_CAPACITY") or "0"
-    if text not in ("0", "1"):
-        raise InvalidInput(f"DP_BALANCER_CAPACITY must be 0 or 1, not {text!r}")
-    return text == "1"
 
 
 def log_as_vllm() -> None:

@@ -52,7 +52,10 @@ class Process:
             self.hooks = Scheduling(PluginSettings(settings, engine="e", form="gather", every=every))
 
     def _loads(self) -> Any:
-        return SimpleNamespace(num_total_tokens=self.held * TOKENS, num_waiting_reqs=0)
+        held = self.held * TOKENS
+        return SimpleNamespace(
+            num_total_tokens=held, num_used_tokens=held, max_total_num_tokens=10**6, num_waiting_reqs=0
+        )
 
     def round(self, requests: list[str]) -> None:
         """One round of SGLang's loop."""

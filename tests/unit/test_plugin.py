@@ -26,17 +26,19 @@ def test_the_environment_says_what_a_plugin_does() -> None:
             "DP_BALANCER_DISPATCH": "0",
             "DP_BALANCER_FORM": "leader",
             "DP_BALANCER_EVERY": "4",
+            "DP_BALANCER_CAPACITY": "1",
         }
     )
     assert found is not None
     assert (found.engine, found.address, found.form, found.every) == ("node-3", "10.0.0.7:30000", "leader", 4)
-    assert (found.hook, found.dispatch) == (True, False)
+    assert (found.hook, found.dispatch, found.capacity) == (True, False, True)
 
 
 def test_what_is_not_said_is_left_to_the_adapter() -> None:
     found = PluginSettings.from_environment({"DP_BALANCER_URL": "redis://10.0.0.5:6379/0"})
     assert found is not None
     assert (found.engine, found.dispatch, found.form, found.every, found.hook) == (None, None, "auto", 1, True)
+    assert not found.capacity  # requests may queue, as the engine lets them
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def test_what_is_not_said_is_left_to_the_adapter() -> None:
         ("DP_BALANCER_DISPATCH", "2"),
         ("DP_BALANCER_EVERY", "often"),
         ("DP_BALANCER_EVERY", "0"),
+        ("DP_BALANCER_CAPACITY", "full"),
         ("DP_BALANCER_ENGINE", "no spaces please"),
     ],
 )

@@ -23,6 +23,9 @@ from scheduler_hooks.sglang.scheduling import Scheduling
 Eventually = Callable[..., None]
 
 
+KV_TOKENS = 10_000
+
+
 class Scheduler:
     """SGLang's objects as far as they are read, and a step that does what a test says."""
 
@@ -39,8 +42,14 @@ class Scheduler:
         self.running: dict[str, int] = {}  # by rid: tokens in the KV pool
 
     def _loads(self) -> Any:
-        tokens = sum(self.running.values()) + sum(len(request.input_ids) for request in self.waiting)
-        return SimpleNamespace(num_total_tokens=tokens, num_running_reqs=0, num_waiting_reqs=len(self.waiting))
+        used = sum(self.running.values())
+        return SimpleNamespace(
+            num_total_tokens=used + sum(len(request.input_ids) for request in self.waiting),
+            num_used_tokens=used,
+            max_total_num_tokens=KV_TOKENS,
+            num_running_reqs=0,
+            num_waiting_reqs=len(self.waiting),
+        )
 
     def prefill(self, chunk: int = 10**9) -> None:
         for request in self.waiting:
@@ -58,11 +67,9 @@ def request(rid: str, tokens: int) -> Any:
 class Rank:
     """A scheduler and its hooks, called in the order of SGLang's loop."""
 
-    def __init__(
-        self, settings: Settings, scheduler: Scheduler | None = None, form: str = "leader", every: int = 1
-    ) -> None:
+    def __init__(self, settings: Settings, scheduler: Scheduler | None = None, **plugin: Any) -> None:
         self.scheduler = scheduler or Scheduler()
-        self.hooks = Scheduling(PluginSettings(settings, engine="e", form=form, every=every))
+        self.hooks = Scheduling(PluginSettings(settings, engine="e", **{"form": "leader", **plugin}))
         self.loop()
 
     def loop(self, *messages: Any, queue: bool = True) -> None:
@@ -138,6 +145,30 @@ def test_a_prompt_in_chunked_prefill_counts_whole_from_the_first_chunk(
     eventually(lambda: shows(dispatcher, holding=1_500, in_flight=0), "and stays whole")
 
 
+def test_what_has_no_kv_yet_and_how_full_the_cache_is_are_told_too(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    def told() -> tuple[int | None, int | None]:
+        (seen,) = dispatcher.snapshot().ranks
+        return seen.pending_tokens, seen.kv_permille
+
+    rank.step(request("long", 1_500), chunk=256)
+    rank.loop(request("short", 100))
+    eventually(lambda: told() == (1_500 - 256 + 100, 25), "the rest of a chunked prompt waits, and what is queued")
+    rank.scheduler.running["long"], rank.scheduler.chunked_req = 1_500, None
+    rank.step()
+    eventually(lambda: told() == (0, 160), "everything has its KV")
+
+
+def test_a_ranks_kv_cache_is_its_capacity_where_that_is_asked_for(
+    settings: Settings, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    rank = Rank(settings, capacity=True)
+    eventually(lambda: bool(_ranks(dispatcher)), "it has joined")
+    assert _ranks(dispatcher)[0].capacity_tokens == KV_TOKENS
+    rank.close()
+
+
 def test_a_request_whose_grammar_is_compiled_stays_in_flight_until_it_counts(
     rank: Rank, dispatcher: Dispatcher, eventually: Eventually
 ) -> None:
@@ -203,7 +234,7 @@ def test_a_marked_id_ends_both_its_bookings_and_its_tokens_are_told_once(
     told, after_step = [], rank.hooks._hook.after_step
     monkeypatch.setattr(rank.hooks._hook, "after_step", lambda *step: (told.append(step), after_step(*step)))
     rank.step(request(engines_id, 20))
-    assert told == [(20, 1, {in_flight_id("mine"): 20, in_flight_id(engines_id): 0})]
+    assert [step[:3] for step in told] == [(20, 1, {in_flight_id("mine"): 20, in_flight_id(engines_id): 0})]
     eventually(lambda: shows(dispatcher, holding=20, in_flight=0), "both bookings have ended")
 
 

@@ -16,7 +16,7 @@ from balancer.marker import marked
 from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.vllm.counts import Counts
 from scheduler_hooks.vllm.dispatching import InsideDispatcher, dispatching
-from scheduler_hooks.vllm.environment import agree_on_engine, default_engine, log_as_vllm, wants_capacity
+from scheduler_hooks.vllm.environment import agree_on_engine, default_engine, log_as_vllm
 from scheduler_hooks.vllm.registering import registering
 from scheduler_hooks.vllm.scheduler import Reporting, reporting
 
@@ -53,13 +53,6 @@ def test_a_name_that_is_set_but_empty_is_not_set() -> None:
     name = agree_on_engine(environment, ["vllm", "serve", "m", "--port", "8123"])
     assert name.endswith("-8123")
     assert environment["DP_BALANCER_ENGINE"] == name
-
-
-def test_a_rank_has_no_capacity_unless_asked_for() -> None:
-    assert wants_capacity({}) is False
-    assert wants_capacity({"DP_BALANCER_CAPACITY": "1"}) is True
-    with pytest.raises(InvalidInput, match="DP_BALANCER_CAPACITY"):
-        wants_capacity({"DP_BALANCER_CAPACITY": "full"})
 
 
 def test_our_lines_go_where_vllms_go_unless_somebody_has_configured_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,15 +599,14 @@ class ThisParallelConfig:
     __dataclass_fields__: dict[str, Any] = {"data_parallel_index": None}  # noqa: RUF012
 
 
-@pytest.mark.parametrize("switch", [("DP_BALANCER_HOOK", "0"), ("DP_BALANCER_CAPACITY", "full")])
 def test_where_no_hook_is_attached_nothing_is_dispatched(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, switch: tuple[str, str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from scheduler_hooks.vllm import register
 
     fake_vllm(monkeypatch, type("Config", (ThisSchedulerConfig,), {}), ThisParallelConfig)
     monkeypatch.setenv("DP_BALANCER_DISPATCH", "1")
-    monkeypatch.setenv(*switch)
+    monkeypatch.setenv("DP_BALANCER_HOOK", "0")
     register()
     assert "API servers do NOT dispatch: nobody would acknowledge" in caplog.messages[-1]
 

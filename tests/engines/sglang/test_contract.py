@@ -93,7 +93,13 @@ def test_a_scheduler_has_what_is_read_of_it(release: str) -> None:
     assert "self.grammar_manager.grammar_queue" in text
     assert "def available_size" in source(release, "mem_cache/memory_pool.py")
     snapshot = fields(class_of(release, "managers/load_snapshot.py", "LoadSnapshot"))
-    assert {"num_total_tokens", "num_running_reqs", "num_waiting_reqs"} <= snapshot
+    assert {
+        "num_total_tokens",
+        "num_used_tokens",
+        "max_total_num_tokens",
+        "num_running_reqs",
+        "num_waiting_reqs",
+    } <= snapshot
     requests = source(release, "managers/schedule_batch.py")
     assert re.search(r"kv_allocated_len\b", requests)
     assert "def seqlen" in requests
