@@ -1,12 +1,13 @@
 """`make bench-sglang`: the seed's table on a real SGLang, 100 prompts, round robin beside minimum tokens.
 
-Two servers of the same SGLang, one plain (its own round robin), one with dp-balancer in it. SGLang's own bench client
-speaks to both in turn, in alternating order, and each figure is the median of its rounds. Then as many short pairs of
-rounds as asked for, a closed loop of equal requests: what the plugin costs in throughput, with its interval. A probe
-takes what dp-balancer costs inside the engine, and the controller's dispatch with it and without.
+Two servers of the same SGLang, one plain (its own round robin), one with dp-balancer in it, whose pool is told one
+policy after the other. SGLang's own bench client speaks to both in turn, in alternating order, and each figure is the
+median of its rounds. Then as many short pairs of rounds as asked for, a closed loop of equal requests, both servers by
+round robin: what the plugin costs in throughput, with its interval. A probe takes what dp-balancer costs inside the
+engine, and the controller's dispatch with it and without.
 
 Both servers stay up, but the one that is not asked is frozen (SIGSTOP): SGLang's schedulers and its controller spin
-when idle, and one idle server takes the cores from the one that works. About six minutes on two cores; longer prompts
+when idle, and one idle server takes the cores from the one that works. About eight minutes on two cores; longer prompts
 and answers by ARGS="--input 4096 --output 512".
 """
 
@@ -18,17 +19,23 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from balancer import Settings
+from balancer.admin import PoolAdmin
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks.demo.table import render
 from tests.bench.measuring import interval
 from tests.engines.sglang.probe import PROBE, costs
 from tests.engines.sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
+
+PLAIN = "round_robin"
+POLICIES = ("pending_envelope", "minimum_tokens")
+"""Of the pool: the one for engines that prefill and decode in one step, and the seed's."""
 
 FIGURES = {
     "requests": "completed",
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=1024, help="most prompt tokens")
     parser.add_argument("--output", type=int, default=64, help="most output tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of short rounds for the throughput; 0 for none")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of short rounds for the throughput; 0 for none")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--form", default="auto")
     parser.add_argument("--port", type=int, default=30200)
@@ -122,7 +129,7 @@ def main() -> None:
             say("starting SGLang with dp-balancer")
             with ours:
                 ours.freeze()
-                rows, pairs = measure(arguments, {"round_robin": plain, "minimum_tokens": ours})
+                rows, pairs = measure(arguments, plain, ours, PoolAdmin(Settings(str(redis.url), "bench")))
         print(
             f"\n{arguments.rounds} rounds of {arguments.prompts} prompts (up to {arguments.input} + {arguments.output} "
             f"tokens, rate {arguments.rate}), {ranks} ranks with DP attention, SGLang 0.5.23"
@@ -131,7 +138,7 @@ def main() -> None:
         if pairs:
             low, mean, high = interval([100 * (ours / plain - 1) for plain, ours in pairs])
             print(
-                f"\nthroughput with dp-balancer against plain, {len(pairs)} pairs of short rounds: "
+                f"\nthroughput with dp-balancer against plain, both by round robin, {len(pairs)} pairs: "
                 f"{mean:+.1f} % (95 %: {low:+.1f} to {high:+.1f} %)"
             )
         print(f"\nwith dp-balancer\n{costs(Path(probed))}\n\nplain\n{costs(Path(bare))}")
@@ -144,16 +151,19 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, servers: dict[str, SGLangServer]
+    arguments: argparse.Namespace, plain: SGLangServer, ours: SGLangServer, pool: PoolAdmin
 ) -> tuple[dict[str, list[dict[str, Any]]], list[list[float]]]:
-    """The bench client's rows by method; the throughputs of each pair of short rounds, in the order of `servers`."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    """The bench client's rows by method; the throughputs of each pair of short rounds, plain and with dp-balancer."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (PLAIN, *POLICIES)}
     for number in range(arguments.rounds):
-        for name in _turns(servers, number):
-            with alone(servers[name]) as server:
+        for name in _turns(rows, number):
+            if name != PLAIN:
+                pool.configure(policy=name)
+            with alone(plain if name == PLAIN else ours) as server:
                 rows[name].append(bench(server, arguments, seed=number))
             say(f"round {number + 1} of {arguments.rounds}, {name}: {rows[name][-1]['duration']:.1f} s")
-    pairs = []
+    pool.configure(policy="round_robin")
+    servers, pairs = {"plain": plain, "dp-balancer": ours}, []
     for number in range(arguments.pairs):
         speed = {}
         for name in _turns(servers, number):
@@ -164,9 +174,8 @@ def measure(
     return rows, pairs
 
 
-def _turns(servers: dict[str, SGLangServer], number: int) -> list[str]:
-    names = list(servers)
-    return names if number % 2 == 0 else names[::-1]
+def _turns(names: Iterable[str], number: int) -> list[str]:
+    return list(names)[:: 1 if number % 2 == 0 else -1]
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
