@@ -4,9 +4,10 @@
                  ▲                                                            │
                  └────────────── the answer's own bytes, as they come ────────┘
 
-What decides does no I/O: `options`, `endpoints`, `tokens`, `wire`, `retries`. What talks is thin: `front` to clients,
-`upstream` to engines, `bookings` to Redis. `exchange` is one request's way through them, `stand_in` speaks for engines
-that have no hook, `desk` is what all requests share, `replica` opens the doors, `workers` runs it in several processes.
+What decides does no I/O: `options`, `endpoints`, `tokens`, `wire`, `retries`, `answer` (the head of one). What talks is
+thin: `front` to clients, `upstream` to engines, `bookings` to Redis. `exchange` is one request's way through them,
+`stand_in` speaks for engines that have no hook, `desk` is what all requests share, `replica` opens the doors, `workers`
+runs it in several processes.
 The core never imports this.
 """
 

@@ -20,6 +20,7 @@ from balancer.errors import BalancerError, NoRank, NoRankReason
 from balancer.model import Outcome, Placement
 from balancer.serve import wire
 from balancer.serve.access_log import Entry
+from balancer.serve.answer import Answer, UpstreamError
 from balancer.serve.bookings import Open
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk, Target
@@ -28,7 +29,7 @@ from balancer.serve.front import Client
 from balancer.serve.inbound import Inbound
 from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
 from balancer.serve.tokens import Counted
-from balancer.serve.upstream import Answer, Connection, UpstreamError
+from balancer.serve.upstream import Connection
 
 log = logging.getLogger("balancer.serve")
 

@@ -21,9 +21,10 @@ from hashlib import blake2b
 from balancer import protocol
 from balancer.errors import BalancerError, Fenced, UnknownPool, WrongSize
 from balancer.model import EngineState, Incarnation, RankCounts, Report
+from balancer.serve.answer import UpstreamError
 from balancer.serve.ending import end
 from balancer.serve.options import Engine
-from balancer.serve.upstream import Pool, UpstreamError
+from balancer.serve.upstream import Pool
 from balancer.serve.wire import request_head
 from balancer.settings import Settings
 from balancer.store import AsyncStore

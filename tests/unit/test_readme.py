@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import redis
 
 from balancer import NoRankReason, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "out"} & set(path.parts))
 
 
 def block(mark: str) -> str:
@@ -64,14 +66,16 @@ def test_status_shows_what_the_readme_says(settings: Settings, client: redis.Red
     assert steady(done.stdout) == steady(block("status"))
 
 
-def test_every_make_target_that_is_named_exists() -> None:
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_that_is_named_exists(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"(?:^ +|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+    assert set(re.findall(r"(?:^ +|`)make ([a-z-]+)", page.read_text("utf-8"), re.MULTILINE)) <= targets
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_is_linked_exists(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), link
 
 
 def test_every_reason_for_no_rank_has_advice() -> None:

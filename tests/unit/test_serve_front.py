@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from balancer.serve.answer import UpstreamError
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import HeldBytes, Inbound, RequestReader
 from balancer.serve.options import Engine, Limits
-from balancer.serve.upstream import Connection, Pool, UpstreamError
+from balancer.serve.upstream import Connection, Pool
 from tests.unit.serve_cast import until
 
 LARGE = bytes(16 << 20)

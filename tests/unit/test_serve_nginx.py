@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from balancer import RankCounts, Reporter, Settings, in_flight_id
+from balancer.admin import PoolAdmin
 from balancer.marker import received_id
 from balancer.serve.mock import MockEngine
 from balancer.serve.workers import bound
@@ -81,6 +82,7 @@ def in_flight(client: redis.Redis) -> int:
 async def test_nginx_sends_each_request_to_the_rank_that_the_replica_names(
     settings: Settings, client: redis.Redis, tmp_path: Path
 ) -> None:
+    PoolAdmin(settings).configure(policy="round_robin")  # so that each rank has its turn
     async with (
         mock_engine(4) as (engine, at),
         replica(settings, f"http://{HOST}:{at},kind=sglang,dp=4") as (_, behind),
