@@ -45,7 +45,7 @@ STUCK_S = 30.0
 and SGLang's own watchdog ends such a server after 300 s. Long enough for a step that compiles."""
 
 AUTO = "leader"
-"""The form where DP_BALANCER_FORM does not say; README, "SGLang", has the measurements behind it."""
+"""The form where DP_BALANCER_FORM does not say; the README beside this has the measurements behind it."""
 
 
 class Scheduling:
