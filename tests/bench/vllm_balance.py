@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer import Dispatcher, PoolAdmin
+from tests.bench.measuring import interval
 from tests.engines.vllm.kit import PORT, VllmServer, at_rest, redis_on
 
 ENGINE_RANKS = 4
@@ -119,14 +120,6 @@ def one_round(server: VllmServer, by_pool: bool, seed: int, seconds: float, rate
     }
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and its 95 % interval by Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(values), 2.26)
-    mean = statistics.fmean(values)
-    half = t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return mean, mean - half, mean + half
-
-
 def main() -> None:
     """Run the rounds, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +160,7 @@ def table(pairs: list[dict[str, dict[str, Any]]], theirs: str, ours: str) -> dic
             print(f"{name:26}{sum(p[theirs][name] for p in pairs):14,}{sum(p[ours][name] for p in pairs):14,}")
             continue
         means = [statistics.fmean(pair[side][name] for pair in pairs) for side in (theirs, ours)]
-        mean, low, high = interval([100 * (pair[ours][name] / pair[theirs][name] - 1) for pair in pairs])
+        low, mean, high = interval([100 * (pair[ours][name] / pair[theirs][name] - 1) for pair in pairs])
         print(f"{name:26}{means[0]:14,.2f}{means[1]:14,.2f}   {mean:+.1f} % ({low:+.1f} to {high:+.1f})")
         changes[name] = (mean, low, high)
     return changes
