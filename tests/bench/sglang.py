@@ -129,7 +129,7 @@ def main() -> None:
             say("starting SGLang with dp-balancer")
             with ours:
                 ours.freeze()
-                rows, pairs = measure(arguments, plain, ours, PoolAdmin(Settings(str(redis.url), "bench")))
+                rows, pairs = measure(arguments, plain, ours, PoolAdmin(Settings(url=str(redis.url), pool="bench")))
         print(
             f"\n{arguments.rounds} rounds of {arguments.prompts} prompts (up to {arguments.input} + {arguments.output} "
             f"tokens, rate {arguments.rate}), {ranks} ranks with DP attention, SGLang 0.5.23"
