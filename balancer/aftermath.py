@@ -2,8 +2,10 @@
 
 While Redis was away no engine could report. Back after an engine's lease, or back empty, it knows of no engine that is
 up until each has reported, which takes a heartbeat: for so long its "nobody" says nothing, and `placing` goes on with
-the last known loads. And a dispatch whose answer was lost may have booked, or may do so late; its request went where
-the fallback sent it, and where the engine acknowledged it before the booking was made, only the lease would end that.
+the last known loads. The same where Redis has lost its data and nobody saw it go away: a flush, a quick failover.
+
+A dispatch whose answer was lost may have booked, or may do so late; its request went where the fallback sent it, and
+where the engine acknowledged it before the booking was made, only the lease would end that.
 Such ids are owed: they are released when the aftermath is over, by when what was under way has arrived and engines have
 counted what they received. The same is owed where a release did not reach Redis, or a caller gave up waiting for its
 placement. An owed id that is placed after all is owed no more. An id that several dispatchers place at once, or that is
@@ -44,7 +46,7 @@ class Aftermath:
         self._owed: dict[str, float] = {}  # request id → when it may be released, in order
 
     def begin(self) -> None:
-        """Redis has answered for the first time after an outage."""
+        """Redis has answered for the first time after an outage, or has lost its data."""
         self._until_s = self._clock() + self._length_s
 
     @property

@@ -51,6 +51,7 @@ class Placing:
         self.aftermath = aftermath or Aftermath()
         self.counters = Counters()
         self._denied = ""  # why Redis refused us, where that is why it is away
+        self._knows_pool = False  # whether Redis held the pool when it was last asked
 
     def dispatch(self, requests: Sequence[Request], scope: Scope = ANYWHERE) -> Steps[list[Placement | NoRank]]:
         """Place requests within `scope`; the answers stand in the order given, `NoRank` where there is no rank."""
@@ -148,6 +149,7 @@ class Placing:
             self.aftermath.owe(request.request_id for request in requests)
             raise
         self._regained()
+        self._look_for_loss(answer.knows_pool)
         self.aftermath.settled(request.request_id for request in requests)
         if answer.loads is not None:
             self.last_known.learn(answer.loads)
@@ -214,6 +216,13 @@ class Placing:
         if self.breaker.succeeded():
             self.aftermath.begin()
             log.info("pool=%s is placed by Redis again", self.pool)
+
+    def _look_for_loss(self, knows_pool: bool) -> None:
+        """A Redis that held the pool and now holds none has lost its data, be it that nobody saw it go away."""
+        if self._knows_pool and not knows_pool:
+            self.aftermath.begin()
+            log.warning("pool=%s is gone from Redis: by the last known loads until engines have reported", self.pool)
+        self._knows_pool = knows_pool
 
 
 def _is_booked(answer: Placement | NoRank) -> TypeGuard[Placement]:

@@ -62,10 +62,12 @@ class Operation(Generic[T]):
 @dataclass(frozen=True, slots=True)
 class Dispatched:
     """The answer to a dispatch: for each request its placement or the reason why there is none, in the order given;
-    `loads` the load of every eligible rank after it, if it was asked for."""
+    `loads` the load of every eligible rank after it, if it was asked for; `knows_pool` False where Redis holds no pool
+    of this name at all, so that nobody has joined it, or its data are lost."""
 
     outcomes: tuple[Placement | NoRankReason, ...]
     loads: Mapping[str, int] | None
+    knows_pool: bool = True
 
 
 def dispatch(
@@ -81,6 +83,8 @@ def dispatch(
         arguments += (request.in_flight_id, request.tokens, request.request_id)
 
     def read(reply: Reply) -> Dispatched:
+        if _text(reply[0]) == "unknown_pool":
+            return Dispatched((NoRankReason.NOBODY_JOINED,) * len(requests), None, knows_pool=False)
         end = 2 + 3 * len(requests)
         reply = _read(pool, reply, "dispatched", max(end, len(reply)) if want_loads else end)
         outcomes: list[Placement | NoRankReason] = []

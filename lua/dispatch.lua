@@ -11,7 +11,7 @@
 -- RETURNS  {'dispatched', stale 0 or 1, outcome, rank or reason, load before or 0, the three for each request,
 --          then rank, load of each eligible rank where they are wanted}
 --          outcome is 'placed', 'repeated' or 'no_rank'; reason 'nobody_joined', 'all_silent', 'all_draining', 'all_full'
---          or {'newer_schema', schema}
+--          or {'newer_schema', schema} or {'unknown_pool'}
 --@include keys, now_ms, decimal, ordinary_note
 local now = now_ms()
 if #ARGV == 5 and ARGV[2] == '0' then  -- the short way, in blocks and not in functions: to make those is half a booking
@@ -44,7 +44,7 @@ local dispatcher, want_loads = unpack(ARGV, 1, 2)
 
 local schema, policy, booking_lease_ms, when_full, when_silent, lives =
   unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
-if not schema then return no_pool() end
+if not schema then return {'unknown_pool'} end
 if tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
 local stale = end_leases(now)
 expire(now, EXPIRED_PER_DISPATCH + (#ARGV - 2) / 3)

@@ -14,12 +14,3 @@ local function why_none(now)
   end
   return reason
 end
-
--- no_pool: the whole reply of a dispatch to a pool that nobody has opened. Nothing is written.
-local function no_pool()
-  local reply = {'dispatched', 0}
-  for _ = 3, #ARGV, 3 do
-    for _, field in ipairs({'no_rank', 'nobody_joined', '0'}) do reply[#reply + 1] = field end
-  end
-  return reply
-end

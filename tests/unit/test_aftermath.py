@@ -161,6 +161,29 @@ def test_a_pool_that_came_back_empty_is_served_until_its_engine_joins_again(
     reporter.close()
 
 
+def test_a_redis_that_loses_its_data_between_two_requests_costs_none(
+    settings: Settings, client: redis.Redis, dispatcher: Dispatcher
+) -> None:
+    reporter = Reporter(settings, "e", 2)
+    reporter.report(1, [RankCounts(0, 0)] * 2)
+    assert dispatcher.dispatch("a", 1).outcome is Outcome.PLACED
+    client.flushdb()
+    assert [dispatcher.dispatch(f"b{number}", 1).outcome for number in range(3)] == [Outcome.FALLBACK] * 3
+    reporter.report(2, [RankCounts(0, 0)] * 2)
+    assert dispatcher.dispatch("c", 1).outcome is Outcome.PLACED
+    reporter.close()
+
+
+def test_a_pool_whose_last_engine_has_left_has_no_rank_at_once(settings: Settings, dispatcher: Dispatcher) -> None:
+    reporter = Reporter(settings, "e", 2)
+    reporter.report(1, [RankCounts(0, 0)] * 2)
+    assert dispatcher.dispatch("a", 1).outcome is Outcome.PLACED
+    reporter.leave()
+    with pytest.raises(NoRank, match="nobody_joined"):
+        dispatcher.dispatch("b", 1)
+    reporter.close()
+
+
 # -- bookings that nobody wants
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from balancer import Dispatcher, Fenced, NoRank, RankCounts, Reported, Reporter, Request, Settings
+from balancer import Dispatcher, Fenced, Outcome, RankCounts, Reported, Reporter, Request, Settings
 from balancer.admin import PoolAdmin
 from balancer.model import in_flight_id
 from tests.clock import Clock
@@ -139,8 +139,7 @@ def test_a_pool_whose_settings_somebody_deleted_begins_anew_with_the_next_report
     admin.configure(policy="round_robin")
     dispatcher.dispatch("a", 10)
     client.delete("dpb:{p}:pool")
-    with pytest.raises(NoRank, match="nobody_joined"):
-        dispatcher.dispatch("b", 1)
+    assert dispatcher.dispatch("b", 1).outcome is Outcome.FALLBACK  # Redis knows no pool, the dispatcher knew one
     assert engine.report(1, [RankCounts(10, 1)], [in_flight_id("a")]) is Reported.APPLIED
     assert dispatcher.dispatch("b", 1).load_tokens == 10
     assert admin.snapshot().settings.policy == "envelope"
