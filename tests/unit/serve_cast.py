@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
+import redis
+
 from balancer import Settings
 from balancer.serve import Options, parse_engine
 from balancer.serve.mock import MockEngine
@@ -55,6 +57,20 @@ async def replica(
         yield made, sock.getsockname()[1]
     finally:
         await made.stop()
+
+
+def posts(engine: MockEngine) -> list[dict[str, str]]:
+    """Headers of the requests that were placed on a mock engine."""
+    return [
+        {name.decode().lower(): value.decode() for name, value in headers}
+        for method, _, headers, _ in engine.requests
+        if method == "POST"
+    ]
+
+
+def in_flight(client: redis.Redis) -> int:
+    """How many requests of the tests' pool are booked."""
+    return int(client.hlen("dpb:{p}:bookings"))
 
 
 class Answer:

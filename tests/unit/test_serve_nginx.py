@@ -15,9 +15,8 @@ import redis
 from balancer import RankCounts, Reporter, Settings, in_flight_id
 from balancer.admin import PoolAdmin
 from balancer.marker import received_id
-from balancer.serve.mock import MockEngine
 from balancer.serve.workers import bound
-from tests.unit.serve_cast import HOST, ask, mock_engine, replica, until
+from tests.unit.serve_cast import HOST, ask, in_flight, mock_engine, posts, replica, until
 
 Join = Callable[..., Reporter]
 CONF = Path(__file__).parents[2] / "docker" / "nginx" / "nginx.conf"
@@ -64,19 +63,6 @@ async def nginx(replica_port: int, tmp: Path) -> AsyncIterator[int]:
     finally:
         process.terminate()
         await process.wait()
-
-
-def posts(engine: MockEngine) -> list[dict[str, str]]:
-    """Headers of the requests that were placed."""
-    return [
-        {name.decode().lower(): value.decode() for name, value in headers}
-        for method, _, headers, _ in engine.requests
-        if method == "POST"
-    ]
-
-
-def in_flight(client: redis.Redis) -> int:
-    return int(client.hlen("dpb:{p}:bookings"))
 
 
 async def test_nginx_sends_each_request_to_the_rank_that_the_replica_names(
