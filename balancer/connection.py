@@ -6,10 +6,12 @@ first used: where to go is `route`'s business, whether to try again is `store`'s
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -35,10 +37,6 @@ if find_spec("redis.maint_notifications"):
     from redis.maint_notifications import MaintNotificationsConfig
 
     _QUIET["maint_notifications_config"] = MaintNotificationsConfig(enabled=False)
-
-MOST_CONNECTIONS = 1_024
-"""Most connections of one sync dispatcher to one node, one per dispatch under way. The driver's own limit is 100, and
-an outage to us: beyond it it raises what it raises for a server that is gone. An asyncio one has one connection."""
 
 _DENIED = (driver.AuthenticationError, driver.AuthorizationError, driver.NoPermissionError)
 _DENIED_WORDS = ("unauthenticated", "The user executing the script", "ACL failure in script")
@@ -182,12 +180,60 @@ class Clients(Generic[C]):
         return self._made_of(self._tcp, host=node.host, port=node.port, socket_keepalive=True, **options)
 
 
-def sync_clients(settings: Settings) -> Clients[redis.Redis]:
+class BlockingClient:
+    """The client of one node for threads: a connection of the driver's for each command under way, kept for the next.
+
+    The driver's own client takes as long again around that, most of it with the interpreter's lock held, for which an
+    engine's step waits. Shared between threads, and across fork: a child opens its own.
+    """
+
+    def __init__(self, new: Callable[[], Any]) -> None:
+        self._new = new
+        self._idle: list[Any] = []
+        self._pid = os.getpid()
+
+    def execute_command(self, *words: str | int) -> Any:
+        """One command and its reply; raises the node's errors, and the driver's where there is no answer."""
+        link = self._taken()
+        is_answered = False
+        try:
+            link.send_command(*words, check_health=False)
+            reply = link.read_response()
+            is_answered = True
+        except driver.ResponseError:
+            is_answered = True
+            raise
+        finally:
+            if is_answered:
+                self._idle.append(link)
+            else:  # what may still come on it is nobody's reply
+                link.disconnect()
+        return reply
+
+    def close(self) -> None:
+        """Close the connections that nobody uses now."""
+        while self._idle:
+            self._idle.pop().disconnect()
+
+    def _taken(self) -> Any:
+        if self._pid != os.getpid():
+            self._pid, self._idle = os.getpid(), []
+        with suppress(IndexError):  # none is idle
+            link = self._idle.pop()
+            with suppress(driver.ConnectionError, OSError):
+                if not link.can_read():
+                    return link
+            link.disconnect()  # the node has closed it, or says what nobody has asked for
+        link = self._new()
+        link.connect()
+        return link
+
+
+def sync_clients(settings: Settings) -> Clients[BlockingClient]:
     """Clients that block; shared between threads, and across fork."""
 
-    def made_of(kind: Any, **options: Any) -> redis.Redis:
-        pool: Any = redis.ConnectionPool(connection_class=kind, max_connections=MOST_CONNECTIONS, **options)
-        return redis.Redis.from_pool(pool)
+    def made_of(kind: Any, **options: Any) -> BlockingClient:
+        return BlockingClient(lambda: kind(**options))
 
     kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
     return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)

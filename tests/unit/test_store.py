@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import InvalidInput, RankCounts, Request, Settings, StoreDenied, StoreUnavailable, protocol
+from balancer import InvalidInput, RankCounts, Request, Settings, StoreDenied, StoreError, StoreUnavailable, protocol
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation, Report
 from balancer.store import AsyncStore, Store
@@ -175,6 +175,63 @@ def test_a_user_for_one_pool_may_use_no_other(store: MakeStore, server: Embedded
     assert subject.run(JOIN).epoch > 0
     with pytest.raises(StoreDenied):
         subject.run(protocol.join("q", Incarnation("e", 1, "n")))
+
+
+# -- connections of threads
+
+
+@pytest.fixture
+def blocking(server: EmbeddedRedis) -> Iterator[Store]:
+    store = Store(Settings(url=server.url, pool="p", budget_ms=BUDGET_MS))
+    yield store
+    store.close()
+
+
+def opened(plain: redis.Redis) -> int:
+    return int(plain.info("stats")["total_connections_received"])
+
+
+def test_a_thread_keeps_its_connection_an_error_reply_included(blocking: Store, plain: redis.Redis) -> None:
+    blocking.command("PING")
+    before = opened(plain)
+    for _ in range(10):
+        blocking.run(JOIN)
+        with pytest.raises(StoreError, match="wrong number of arguments"):
+            blocking.command("GET")
+    assert opened(plain) == before
+
+
+def test_each_of_many_threads_has_a_connection_and_they_are_kept_for_the_next(
+    server: EmbeddedRedis, plain: redis.Redis
+) -> None:
+    patient = Store(Settings(url=server.url, pool="p", budget_ms=60_000))
+    threads = [threading.Thread(target=patient.command, args=("BLPOP", f"gate-{at}", "20")) for at in range(150)]
+    before = opened(plain)
+    for thread in threads:
+        thread.start()
+    while int(plain.info("clients")["blocked_clients"]) < len(threads):
+        time.sleep(0.01)
+    for at in range(len(threads)):
+        plain.rpush(f"gate-{at}", "open")
+    for thread in threads:
+        thread.join()
+    assert opened(plain) == before + len(threads)
+    patient.command("PING")
+    assert opened(plain) == before + len(threads)
+    patient.close()
+
+
+def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(blocking: Store, plain: redis.Redis) -> None:
+    blocking.command("PING")
+    plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert blocking.command("PING")
+
+
+def test_a_reply_that_came_too_late_is_nobodys(blocking: Store, server: EmbeddedRedis) -> None:
+    blocking.command("PING")
+    with frozen(server), pytest.raises(StoreUnavailable):
+        blocking.command("ECHO", "too late")
+    assert blocking.command("ECHO", "in time") == b"in time"
 
 
 def test_an_address_that_is_none_is_refused_before_anything_is_tried(store: MakeStore) -> None:
