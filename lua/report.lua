@@ -47,18 +47,19 @@ for from = ids_from, #ARGV, MOST_ENDED do
 end
 if step < engine.step then return {'late', ended} end
 
-local held, tokens, queued, pressed = {}, {}, {}, {}
+local held, tokens, queued, pressed, unknown = {}, {}, {}, {}, {}
 for i, rank in ipairs(ranks_of(engine)) do
   tokens[i] = ARGV[FIRST_COUNT + 3 * i - 3]
   held[2 * i - 1], queued[2 * i - 1] = rank, rank
   held[2 * i], queued[2 * i] = tokens[i], ARGV[FIRST_COUNT + 3 * i - 2]
   local known = ARGV[FIRST_COUNT + 3 * i - 1]
-  if known ~= '' then pressed[#pressed + 1], pressed[#pressed + 2] = rank, known end
+  if known == '' then unknown[#unknown + 1] = rank else pressed[#pressed + 1], pressed[#pressed + 2] = rank, known end
 end
 enter_loads(engine, tokens)
 call('HSET', holding, unpack(held))
 call('HSET', requests, unpack(queued))
 if #pressed > 0 then call('HSET', pressure, unpack(pressed)) end
+if #unknown > 0 then call('HDEL', pressure, unpack(unknown)) end
 index_queues(ranks_of(engine))
 local outcome = step == engine.step and 'repeated' or 'applied'
 engine.state, engine.step, engine.reported_ms = 'up', step, now

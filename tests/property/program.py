@@ -301,6 +301,7 @@ class Program:
                 held = ((c.holding_tokens, c.requests) for c in report.counts)
                 oracle.held.update(zip(who.ranks, held, strict=True))
                 for rank, c in zip(who.ranks, report.counts, strict=True):
+                    oracle.pressure.pop(rank, None)
                     if (c.pending_tokens, c.kv_permille) != (None, None):
                         known = ("-" if count is None else str(count) for count in (c.pending_tokens, c.kv_permille))
                         oracle.pressure[rank] = " ".join(known)
