@@ -6,12 +6,10 @@ first used: where to go is `route`'s business, whether to try again is `store`'s
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -23,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
+from balancer.blocking import BlockingClient
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.names import Names
 from balancer.pipeline import Opened, PipelinedClient
@@ -180,60 +179,11 @@ class Clients(Generic[C]):
         return self._made_of(self._tcp, host=node.host, port=node.port, socket_keepalive=True, **options)
 
 
-class BlockingClient:
-    """The client of one node for threads: a connection of the driver's for each command under way, kept for the next.
-
-    The driver's own client takes as long again around that, most of it with the interpreter's lock held, for which an
-    engine's step waits. Shared between threads, and across fork: a child opens its own.
-    """
-
-    def __init__(self, new: Callable[[], Any]) -> None:
-        self._new = new
-        self._idle: list[Any] = []
-        self._pid = os.getpid()
-
-    def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; raises the node's errors, and the driver's where there is no answer."""
-        link = self._taken()
-        is_answered = False
-        try:
-            link.send_command(*words, check_health=False)
-            reply = link.read_response()
-            is_answered = True
-        except driver.ResponseError:
-            is_answered = True
-            raise
-        finally:
-            if is_answered:
-                self._idle.append(link)
-            else:  # what may still come on it is nobody's reply
-                link.disconnect()
-        return reply
-
-    def close(self) -> None:
-        """Close the connections that nobody uses now."""
-        while self._idle:
-            self._idle.pop().disconnect()
-
-    def _taken(self) -> Any:
-        if self._pid != os.getpid():
-            self._pid, self._idle = os.getpid(), []
-        with suppress(IndexError):  # none is idle
-            link = self._idle.pop()
-            with suppress(driver.ConnectionError, OSError):
-                if not link.can_read():
-                    return link
-            link.disconnect()  # the node has closed it, or says what nobody has asked for
-        link = self._new()
-        link.connect()
-        return link
-
-
 def sync_clients(settings: Settings) -> Clients[BlockingClient]:
     """Clients that block; shared between threads, and across fork."""
 
     def made_of(kind: Any, **options: Any) -> BlockingClient:
-        return BlockingClient(lambda: kind(**options))
+        return BlockingClient(lambda: kind(**options), driver.ResponseError)
 
     kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
     return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)
