@@ -208,7 +208,7 @@ def show_traffic(found: dict[str, list[dict[str, float]]], arguments: argparse.N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", type=int, default=6_000, help="tokens of a long prompt")
+    parser.add_argument("--long", type=int, default=4_000, help="tokens of a long prompt")
     parser.add_argument("--held", type=int, default=2_000, help="tokens that each other rank decodes meanwhile")
     parser.add_argument("--chats", type=int, default=4, help="in so many requests")
     parser.add_argument("--gaps", default="0,200,400,800", help="ms between two long prompts")
