@@ -81,8 +81,9 @@ class Pair:
 def pair(redis_process: EmbeddedRedis) -> Iterator[Pair]:
     assert not what_is_missing(), what_is_missing()
     prefill = server("prefill", PORT, redis_process, "--load-balance-method", "total_tokens")
-    # What it backs retracted requests up in by default is a buffer pinned for a GPU.
-    decode = server("decode", PORT + 300, redis_process, "--disaggregation-decode-retraction-backup", "cpu_tensor")
+    # What a decode server does by default needs a GPU: a pinned buffer for retracted requests, an all-to-all of logits.
+    without_gpu = ("--disaggregation-decode-retraction-backup", "cpu_tensor", "--no-enable-tp-lm-head-all-to-all")
+    decode = server("decode", PORT + 300, redis_process, *without_gpu)
     with ExitStack() as stack:
         stack.callback(prefill.stop)
         stack.callback(decode.stop)
