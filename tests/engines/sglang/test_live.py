@@ -178,7 +178,7 @@ def test_while_a_long_prompt_is_prefilled_its_rank_counts_all_of_it(
 def test_while_a_long_prompt_is_prefilled_short_ones_go_to_the_other_ranks(
     server: SGLangServer, outside: Dispatcher, eventually: Eventually
 ) -> None:
-    """SGLang's own `total_tokens` sends them after it (`python -m tests.bench.sglang_long_prompt`)."""
+    """SGLang's own count of it may draw them after it (`python -m tests.bench.sglang_long_prompt`)."""
     with ThreadPoolExecutor(10) as pool:
         long = pool.submit(server.generate, 6_000, 2)
         eventually(lambda: requests_held(outside.snapshot()), "it has been received")
