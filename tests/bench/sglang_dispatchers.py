@@ -3,8 +3,10 @@
     python -m tests.bench.sglang_dispatchers
 
 A server with four ranks (plain DP), dp-balancer's hook in it and DP_BALANCER_DISPATCH=0; its own controller balances by
-total_tokens, and is one of the methods. The hook's counts in Redis are the measure for all of them: every 20 ms the
-tokens held by the fullest rank over the mean, weighted by the mean. The methods take turns, seed by seed.
+total_tokens, and is one of the methods. What the schedulers hold by the hook's counts is the measure for all of them,
+what is in flight left out: every 20 ms the fullest rank's tokens over the mean, weighted by the mean. The methods take
+turns, seed by seed, with the same lengths at the same times; the tokens themselves are new each time, so that no method
+finds another's prompts in the prefix cache.
 
     shared/POLICY   dp-balancer: one EVAL per request, by that policy
     round_robin     each dispatcher its own turn
@@ -93,7 +95,7 @@ def loads_of(server: str) -> list[int]:
 def dispatcher(
     method: str, number: int, arguments: argparse.Namespace, seed: int, begin: Any, failed: Any, done: Any
 ) -> None:
-    """One process: at each beginning a burst, all its requests at once."""
+    """One process: a burst at each beginning."""
     rng = random.Random(f"{seed}-{number}")
     chooser = Chooser(method, arguments.server, arguments.redis, POOL, seed * 10 + number, arguments.interval)
     with ThreadPoolExecutor(arguments.each) as pool:
@@ -103,16 +105,15 @@ def dispatcher(
             for count in range(arguments.each):
                 tokens = min(1_500, max(8, int(rng.lognormvariate(5.0, 1.1))))
                 id_ = f"{method}-{seed}-{number}-{burst}-{count}"
-                jobs.append(pool.submit(send, arguments, chooser, id_, tokens, rng.randrange(8, 48), rng.random()))
-                time.sleep(rng.expovariate(1 / 0.01))
+                jobs.append(pool.submit(send, arguments, chooser, id_, tokens, rng.randrange(8, 48)))
+                time.sleep(rng.expovariate(1_000 / arguments.spacing))
             failed.value += sum(not job.result() for job in jobs)
             done.wait()
 
 
-def send(arguments: argparse.Namespace, chooser: Chooser, id_: str, tokens: int, new_tokens: int, salt: float) -> bool:
-    ids = [5 + int(salt * 1e6 + at * 31) % 90 for at in range(tokens)]
+def send(arguments: argparse.Namespace, chooser: Chooser, id_: str, tokens: int, new_tokens: int) -> bool:
     body: dict[str, Any] = {
-        "input_ids": ids,
+        "input_ids": random.Random(id_).choices(range(5, 95), k=tokens),
         "rid": id_,
         "sampling_params": {"max_new_tokens": new_tokens, "ignore_eos": True},
     }
@@ -141,26 +142,28 @@ def measure(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, 
     ]
     for process in processes:
         process.start()
-    peaks = means = 0.0
-    began = time.monotonic()
+    peaks = means = seconds = 0.0
     with Dispatcher(Settings(url=arguments.redis, pool=POOL, budget_ms=5_000)) as looker:
         for _ in range(arguments.bursts):
             begin.wait()
+            began = time.monotonic()
             waiter = threading.Thread(target=done.wait)
             waiter.start()
             while waiter.is_alive():
-                held = [rank.load_tokens for rank in looker.snapshot().ranks]
+                held = [rank.holding_tokens for rank in looker.snapshot().ranks]
                 peaks, means = peaks + max(held), means + statistics.mean(held)
                 time.sleep(0.02)
+            seconds += time.monotonic() - began
     for process in processes:
         process.join()
-    return {"max_over_mean": peaks / means, "seconds": time.monotonic() - began, "failed": failed.value}
+    return {"max_over_mean": peaks / means, "seconds": seconds, "failed": failed.value}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dispatchers", type=int, default=4)
     parser.add_argument("--each", type=int, default=12, help="requests per dispatcher and burst")
+    parser.add_argument("--spacing", type=float, default=10, help="mean ms between two requests of a dispatcher")
     parser.add_argument("--bursts", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--interval", type=int, default=100, help="between two polls, in ms")

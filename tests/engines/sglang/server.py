@@ -90,7 +90,7 @@ class SGLangServer:
         with _OPENER.open(self.url + path, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120, **headers: str) -> Any:
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 300, **headers: str) -> Any:
         names = {"Content-Type": "application/json"} | {
             name.replace("_", "-"): value for name, value in headers.items()
         }

@@ -178,7 +178,7 @@ def test_while_a_long_prompt_is_prefilled_its_rank_counts_all_of_it(
 def test_while_a_long_prompt_is_prefilled_short_ones_go_to_the_other_ranks(
     server: SGLangServer, outside: Dispatcher, eventually: Eventually
 ) -> None:
-    """SGLang's own `total_tokens` sends them after it (`python -m tests.bench.sglang_long_prompt`)."""
+    """SGLang's own count of it may draw them after it (`python -m tests.bench.sglang_long_prompt`)."""
     with ThreadPoolExecutor(10) as pool:
         long = pool.submit(server.generate, 6_000, 2)
         eventually(lambda: requests_held(outside.snapshot()), "it has been received")
@@ -352,7 +352,7 @@ def test_redis_killed_and_started_again_under_load_fails_no_request_and_is_exact
         with Load(server, streams=3) as load:
             load.after(6)
         assert not load.failed
-        assert [answer.result(180)["meta_info"]["completion_tokens"] for answer in long] == [tokens] * 10
+        assert [answer.result(300)["meta_info"]["completion_tokens"] for answer in long] == [tokens] * 10
         eventually(lambda: is_at_rest(looker.snapshot()), "nothing is left")
         eventually(lambda: agrees(looker.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
@@ -434,8 +434,9 @@ def test_a_killed_scheduler_leaves_the_pool_with_its_lease_and_a_restart_begins_
     epochs = {engine.name: engine.epoch for engine in outside.snapshot().engines}
     outside.dispatch_many([Request(f"ghost-{number}", 100) for number in range(10)])
     os.kill(server.pids("sglang::scheduler")[0], signal.SIGKILL)
-    silent = len(epochs) if shape.has_attention else 1  # under DP attention nobody steps without it
-    eventually(lambda: sum(e.age_ms > 5_000 for e in outside.snapshot().engines) == silent, "its leases have ended", 90)
+    # Under DP attention nobody steps without it: the others' leases end too, or they leave where SGLang ends them.
+    alive = 0 if shape.has_attention else len(epochs) - 1
+    eventually(lambda: sum(e.age_ms <= 5_000 for e in outside.snapshot().engines) == alive, "its lease has ended", 90)
     if not shape.has_attention:  # SGLang goes on and does not notice: its own round robin would go on sending there
         answers = [server.generate(20, 2) for _ in range(8)]
         assert len({answer["meta_info"]["dp_rank"] for answer in answers}) == shape.ranks - 1

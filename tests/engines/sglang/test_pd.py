@@ -10,6 +10,7 @@ names a folder with it, and are left out elsewhere:
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ class Pair:
         """The answers of both."""
         where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": BOOTSTRAP_PORT, "bootstrap_room": next(self._rooms)}
         body: dict[str, Any] = {
-            "input_ids": [5 + at % 90 for at in range(tokens)],
+            "input_ids": random.choices(range(5, 95), k=tokens),  # new ones: none is cached
             "sampling_params": {"max_new_tokens": new_tokens, "ignore_eos": True},
             **where,
         }
@@ -80,8 +81,9 @@ class Pair:
 def pair(redis_process: EmbeddedRedis) -> Iterator[Pair]:
     assert not what_is_missing(), what_is_missing()
     prefill = server("prefill", PORT, redis_process, "--load-balance-method", "total_tokens")
-    # What it backs retracted requests up in by default is a buffer pinned for a GPU.
-    decode = server("decode", PORT + 300, redis_process, "--disaggregation-decode-retraction-backup", "cpu_tensor")
+    # What a decode server does by default needs a GPU: a pinned buffer for retracted requests, an all-to-all of logits.
+    without_gpu = ("--disaggregation-decode-retraction-backup", "cpu_tensor", "--no-enable-tp-lm-head-all-to-all")
+    decode = server("decode", PORT + 300, redis_process, *without_gpu)
     with ExitStack() as stack:
         stack.callback(prefill.stop)
         stack.callback(decode.stop)
@@ -97,6 +99,16 @@ def pools(pair: Pair, redis_process: EmbeddedRedis) -> Iterator[dict[str, Dispat
             role: stack.enter_context(Dispatcher(Settings(url=redis_process.url, pool=role, budget_ms=5_000)))
             for role in ("prefill", "decode")
         }
+
+
+def test_following_the_bootstrap_room_is_refused_with_the_flag_to_set(redis_process: EmbeddedRedis) -> None:
+    """What `auto` means on prefill: there the room ties the request to a rank, and another one fails it."""
+    assert not what_is_missing(), what_is_missing()
+    with server("prefill", PORT, redis_process) as alone:
+        (line,) = alone.said("does not place the requests of this server")
+        assert "follow_bootstrap_room" in line
+        assert "--load-balance-method total_tokens" in line
+        assert not alone.said("places the requests of engine")
 
 
 def test_each_role_fills_its_own_pool_and_both_come_to_rest(
@@ -145,12 +157,3 @@ def test_decode_counts_requests_whose_kv_is_on_its_way(
         assert [len(answer.result()) for answer in answers] == [2] * 8
     for pool in pools.values():
         eventually(lambda pool=pool: is_at_rest(pool.snapshot()), "nothing is left")
-
-
-def test_following_the_bootstrap_room_is_refused_with_the_flag_to_set(redis_process: EmbeddedRedis) -> None:
-    """What `auto` means on prefill: there the room ties the request to a rank, and another one fails it."""
-    with server("prefill", PORT + 600, redis_process) as alone:
-        (line,) = alone.said("does not place the requests of this server")
-        assert "follow_bootstrap_room" in line
-        assert "--load-balance-method total_tokens" in line
-        assert not alone.said("places the requests of engine")
