@@ -38,15 +38,20 @@ _RELEASE_AGAIN_S = 0.5
 _GATHER_S = 0.02
 """Releases of so long go in one EVAL: a load is above the truth for that time, never below."""
 _NOT_URGENT_S = 0.25
-_RENEW_S = 1.0
+_LOOK_S = 0.25
+_GROWN = 1.125
+"""An answer that grows is told when it holds so many times what the pool knows of: a load is wrong by an eighth at most,
+or by what a look misses, and long requests cost no more renewals than their leases need."""
 _SETTINGS_S = 10.0
 
 
 @dataclass(slots=True)
 class Open:
-    """A booking that may have to be renewed. `tokens`: what to book now, 0 to leave as it is; `due`: when."""
+    """A booking that may have to be renewed. `tokens`: what to book now, 0 to leave as it is; `known`: what the pool
+    knows of them; `due`: when the lease wants it."""
 
     tokens: int
+    known: int
     due: float
     is_counted: bool
 
@@ -196,26 +201,28 @@ class Bookings:
         then the caller keeps `tokens` of what is returned at what the request holds now."""
         if placement.outcome is Outcome.FALLBACK:
             return None
-        wait_s = min(_RENEW_S, self.booking_lease_s / 4) if is_counted else self.booking_lease_s / 4
         tokens = placement.request.tokens if is_counted else 0
-        opened = Open(tokens, time.monotonic() + wait_s, is_counted)
+        opened = Open(tokens, tokens, time.monotonic() + self.booking_lease_s / 4, is_counted)
         self.open[placement.request.request_id] = opened
         return opened
 
     async def _renew_open(self) -> None:
         while True:
-            every_s = min(_RENEW_S, self.booking_lease_s / 4)
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(min(_LOOK_S, self.booking_lease_s / 4))
             now = time.monotonic()
-            due = [(request_id, opened) for request_id, opened in self.open.items() if opened.due <= now]
+            due = [
+                (request_id, opened)
+                for request_id, opened in self.open.items()
+                if opened.due <= now or opened.tokens > _GROWN * opened.known
+            ]
             for start in range(0, len(due), protocol.MAX_IDS_PER_RENEW):
                 part = due[start : start + protocol.MAX_IDS_PER_RENEW]
-                for _, opened in part:
-                    opened.due = now + (every_s if opened.is_counted else self.booking_lease_s / 4)
                 if self.dispatcher.is_falling_back:
                     continue
+                held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
+                for _, opened in part:
+                    opened.known, opened.due = opened.tokens, now + self.booking_lease_s / 4
                 try:
-                    held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
                     await self._store.run(protocol.renew(self._pool, held))
                 except BalancerError as error:
                     log.warning("pool=%s bookings not renewed: %s", self._pool, error)

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from balancer import NoRank, Outcome, PoolAdmin, RankCounts, Reporter, Settings
-from balancer.model import MAX_TOKENS
+from balancer.model import MAX_TOKENS, in_flight_id
 from balancer.serve.bookings import Bookings
 from tests.unit.serve_cast import until
 
@@ -104,6 +104,27 @@ async def test_an_open_request_keeps_its_booking_and_its_tokens_grow(
         await until(lambda: sums() == (0, 0), "its end is its release")
     finally:
         await bookings.stop()
+
+
+async def test_growth_is_told_at_once_where_it_is_much_and_with_the_lease_where_it_is_little(
+    join: Join, bookings: Bookings, client: redis.Redis
+) -> None:
+    join("e", 2)
+
+    def told(request_id: str) -> int:
+        return int(str(client.hget("dpb:{p}:bookings", str(in_flight_id(request_id)))).split(" ")[1])
+
+    short, long = [
+        bookings.watch(await bookings.place(request_id, tokens), is_counted=True)
+        for request_id, tokens in (("short", 10), ("long", 10_000))
+    ]
+    assert short
+    assert long
+    short.tokens, long.tokens = 60, 10_050
+    await until(lambda: told("short") == 60, "five times the prompt are told", within_s=2)
+    assert told("long") == 10_000, "a two hundredth more can wait"
+    long.tokens = 12_000
+    await until(lambda: told("long") == 12_000, "a fifth cannot", within_s=2)
 
 
 async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_being_renewed(
