@@ -40,8 +40,8 @@ _GATHER_S = 0.02
 _NOT_URGENT_S = 0.25
 _LOOK_S = 0.25
 _GROWN = 1.125
-"""An answer that grows is told when it holds so many times what the pool knows of: a load is wrong by an eighth at most,
-or by what a look misses, and long requests cost no more renewals than their leases need."""
+"""An answer that grows is told when it holds so many times what the pool knows of: a load is then wrong by an eighth or
+by what comes between two looks, and a long request costs hardly more renewals than its lease needs."""
 _SETTINGS_S = 10.0
 
 
