@@ -4,7 +4,7 @@ One registry for each process; with several workers the client library keeps the
 (PROMETHEUS_MULTIPROC_DIR), so that whichever worker is asked answers for all.
 
 A request only notes what happened. The client library, with its locks and files, is told by `settle`: once a second,
-and when somebody asks.
+and when this process is asked; what other workers tell is a second old at most.
 """
 
 from __future__ import annotations

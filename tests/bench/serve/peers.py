@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--seeds", type=int, default=4, help="of the balance's requests (default %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--balance-seconds", type=float, default=15.0)
     parser.add_argument("--arrivals", type=float, default=40.0, help="requests per second (default %(default)s)")
     options = parser.parse_args()
