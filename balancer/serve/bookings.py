@@ -22,7 +22,7 @@ from typing import Any
 from balancer import protocol
 from balancer.dispatcher import AsyncDispatcher
 from balancer.errors import BalancerError, NoRank
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, Outcome, Placement, Request
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, EngineState, Outcome, Placement, Request
 from balancer.protocol import MAX_IDS_PER_RELEASE
 from balancer.serve.ending import end
 from balancer.settings import Settings
@@ -74,7 +74,7 @@ class Bookings:
         self.is_pool_known = False
         """Whether an engine has been seen in the pool."""
         self.ranks: frozenset[str] = frozenset()
-        """All ranks of the pool, as last seen."""
+        """Ranks of the pool that may be chosen, as last seen: all but the silent, or all where none else is left."""
         self._store = AsyncStore(settings)
         self._pool = settings.pool
         self._asked: deque[_Asked] = deque()
@@ -234,7 +234,8 @@ class Bookings:
             self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
             self.policy = snapshot.settings.policy
             self.is_pool_known = bool(snapshot.engines)
-            self.ranks = frozenset(view.rank for view in snapshot.ranks)
+            heard = frozenset(view.rank for view in snapshot.ranks if view.state is not EngineState.SILENT)
+            self.ranks = heard or frozenset(view.rank for view in snapshot.ranks)
 
     async def _read_settings(self) -> None:
         while True:

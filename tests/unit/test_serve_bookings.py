@@ -140,6 +140,28 @@ async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_b
     )
 
 
+async def test_a_silent_engine_is_none_to_choose_from_unless_all_are_silent(
+    join: Join, bookings: Bookings, admin: PoolAdmin
+) -> None:
+    engine, gone = join("e", 2), join("gone", 1)
+    admin.configure(engine_lease_ms=1_000)
+    everybody = {"e/0", "e/1", "gone/0"}
+    gone.report(1, [RankCounts(0, 0)])
+
+    async def see(ranks: set[str], reports: bool) -> None:
+        deadline = asyncio.get_running_loop().time() + 10
+        while bookings.ranks != ranks:
+            assert asyncio.get_running_loop().time() < deadline, bookings.ranks
+            if reports:
+                engine.report(2, [RankCounts(0, 0)] * 2)
+            await bookings.look()
+            await asyncio.sleep(0.05)
+
+    await see(everybody, reports=True)
+    await see({"e/0", "e/1"}, reports=True)
+    await see(everybody, reports=False)
+
+
 async def test_an_end_that_waits_does_not_end_the_same_id_placed_again(
     join: Join, bookings: Bookings, client: redis.Redis
 ) -> None:
