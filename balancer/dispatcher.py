@@ -18,6 +18,7 @@ from balancer.errors import NoRank
 from balancer.last_known import LastKnown
 from balancer.model import Placement, PoolSnapshot, Request, Scope
 from balancer.placing import Counters, Placing, perform, perform_async
+from balancer.protocol import ANYWHERE
 from balancer.settings import Settings
 from balancer.store import AsyncStore, Store
 
@@ -66,7 +67,8 @@ class Dispatcher:
 
         A request without a rank gets its `NoRank` as an answer, so that the others keep theirs.
         """
-        return perform(self._placing.dispatch(list(requests), Scope(among, avoid)), self._store.run)
+        scope = Scope(among, avoid) if among or avoid else ANYWHERE
+        return perform(self._placing.dispatch(list(requests), scope), self._store.run)
 
     def release(self, *request_ids: str) -> int:
         """End bookings that no engine will acknowledge; returns how many there were. Repeating is harmless.
@@ -141,7 +143,8 @@ class AsyncDispatcher:
         self, requests: Iterable[Request], among: Sequence[str] = (), avoid: Sequence[str] = ()
     ) -> list[Placement | NoRank]:
         """See `Dispatcher.dispatch_many`."""
-        return await perform_async(self._placing.dispatch(list(requests), Scope(among, avoid)), self._store.run)
+        scope = Scope(among, avoid) if among or avoid else ANYWHERE
+        return await perform_async(self._placing.dispatch(list(requests), scope), self._store.run)
 
     async def release(self, *request_ids: str) -> int:
         """See `Dispatcher.release`."""

@@ -113,11 +113,14 @@ class PipelinedClient:
         self._line: Pipeline | None = None
         self._opening: asyncio.Task[Pipeline] | None = None
 
+    @property
+    def line(self) -> Pipeline | None:
+        """The connection, where it is open."""
+        return None if self._line is None or self._line.is_lost else self._line
+
     async def execute_command(self, *words: str | int) -> Any:
         """One command and its reply; raises what opening raises, the node's errors, or OSError."""
-        line = self._line
-        if line is None or line.is_lost:
-            line = await self._opened()
+        line = self.line or await self._opened()
         return await line.ask(*words)
 
     async def aclose(self) -> None:

@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception
 
 from balancer.address import Node
 from balancer.connection import Client, async_clients, no_answer, sync_clients, translated
-from balancer.errors import StoreUnavailable
+from balancer.errors import BalancerError, StoreUnavailable
 from balancer.protocol import Operation, Reply
 from balancer.route import Route, route_to
 from balancer.scripts import load_script
@@ -94,8 +94,18 @@ class AsyncStore:
     async def run(self, operation: Operation[T]) -> T:
         """Perform `operation` within the budget; raises as `Store.run` does."""
         give_up = _Budget(self.settings)
+        node = self._route.primary
+        line = self._clients.to(node).line if node else None
+        if node and line:  # open: there is nothing to prepare, and its own patience ends the wait
+            try:
+                return operation.read(await line.ask(*_by_sha(operation)))
+            except OSError as error:
+                if give_up.is_spent():
+                    raise _ours(error, self._route, self.settings, node) from error
+            except driver.RedisError:
+                pass  # asked again, the long way knows what to make of it
         try:
-            async with asyncio.timeout(self.settings.budget_ms / 1000):
+            async with asyncio.timeout(give_up.left_s()):
                 try:
                     return operation.read(await self._evaluate(operation))
                 except StoreUnavailable:
@@ -146,21 +156,30 @@ def _conversation(route: Route, settings: Settings, talk: Callable[[Node], Conve
         except driver.MovedError as moved:
             route.moved(Node(moved.host or node.host, moved.port))
         except (driver.RedisError, OSError) as error:
-            ours = translated(error, settings, node)
-            if isinstance(ours, StoreUnavailable):
-                route.lost(node)
-            raise ours from error
+            raise _ours(error, route, settings, node) from error
     raise StoreUnavailable("the nodes of the cluster do not agree on who serves this pool")
+
+
+def _ours(error: Exception, route: Route, settings: Settings, node: Node) -> BalancerError:
+    """What callers see of an error; the route learns of a node that does not serve."""
+    ours = translated(error, settings, node)
+    if isinstance(ours, StoreUnavailable):
+        route.lost(node)
+    return ours
 
 
 def _evaluation(node: Node, operation: Operation[Any]) -> Conversation:
     """The script by its SHA1, or whole where the node does not know it: a SCRIPT LOAD may reach another."""
-    script = load_script(operation.script)
-    rest = (len(operation.keys), *operation.keys, *operation.arguments)
+    words = _by_sha(operation)
     try:
-        return (yield node, ("EVALSHA", script.sha, *rest))
+        return (yield node, words)
     except driver.NoScriptError:
-        return (yield node, ("EVAL", script.text, *rest))
+        return (yield node, ("EVAL", load_script(operation.script).text, *words[2:]))
+
+
+def _by_sha(operation: Operation[Any]) -> Words:
+    keys = operation.keys
+    return ("EVALSHA", load_script(operation.script).sha, len(keys), *keys, *operation.arguments)
 
 
 def _say(node: Node, words: Words) -> Conversation:
@@ -171,10 +190,15 @@ class _Budget:
     """tenacity's `stop`: no attempt begins that could not end within the budget."""
 
     def __init__(self, settings: Settings) -> None:
-        self._last_start = time.monotonic() + settings.budget_ms / 1000 * (1 - 1 / settings.tries)
+        budget_s = settings.budget_ms / 1000
+        self._end = time.monotonic() + budget_s
+        self._last_start = self._end - budget_s / settings.tries
 
     def is_spent(self, after_s: float = 0.0) -> bool:
         return time.monotonic() + after_s >= self._last_start
+
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         return self.is_spent(after_s=retry_state.upcoming_sleep)

@@ -17,7 +17,7 @@ class UpstreamError(Exception):
 class Answer:
     """An answer's head."""
 
-    __slots__ = ("headers", "is_chunked", "length", "status", "status_line")
+    __slots__ = ("_first", "headers", "is_chunked", "length", "status", "status_line")
 
     def __init__(self, head: bytes) -> None:
         lines = head.split(b"\r\n")
@@ -26,6 +26,7 @@ class Answer:
             raise UpstreamError("the engine's answer is not HTTP/1.1", True)
         self.status = int(lines[0][9:12])
         self.headers: Headers = []
+        self._first: dict[bytes, bytes] = {}
         self.length: int | None = None
         self.is_chunked = False
         for line in lines[1:]:
@@ -41,9 +42,10 @@ class Answer:
             elif low == b"transfer-encoding":
                 self.is_chunked = value.lower().endswith(b"chunked")
             self.headers.append((name, value))
+            self._first.setdefault(low, value)
         if self.is_chunked and self.length is not None:
             raise UpstreamError("the engine's answer has two lengths", True)
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this (lower-case) name."""
-        return next((value for key, value in self.headers if key.lower() == name), None)
+        return self._first.get(name)

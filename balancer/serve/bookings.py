@@ -22,7 +22,7 @@ from typing import Any
 from balancer import protocol
 from balancer.dispatcher import AsyncDispatcher
 from balancer.errors import BalancerError, NoRank
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, Outcome, Placement, Request
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, EngineState, Outcome, Placement, Request
 from balancer.protocol import MAX_IDS_PER_RELEASE
 from balancer.serve.ending import end
 from balancer.settings import Settings
@@ -38,15 +38,20 @@ _RELEASE_AGAIN_S = 0.5
 _GATHER_S = 0.02
 """Releases of so long go in one EVAL: a load is above the truth for that time, never below."""
 _NOT_URGENT_S = 0.25
-_RENEW_S = 1.0
+_LOOK_S = 0.25
+_GROWN = 1.125
+"""An answer that grows is told when it holds so many times what the pool knows of: a load is then wrong by an eighth or
+by what comes between two looks, and a long request costs hardly more renewals than its lease needs."""
 _SETTINGS_S = 10.0
 
 
 @dataclass(slots=True)
 class Open:
-    """A booking that may have to be renewed. `tokens`: what to book now, 0 to leave as it is; `due`: when."""
+    """A booking that may have to be renewed. `tokens`: what to book now, 0 to leave as it is; `known`: what the pool
+    knows of them; `due`: when the lease wants it."""
 
     tokens: int
+    known: int
     due: float
     is_counted: bool
 
@@ -69,7 +74,7 @@ class Bookings:
         self.is_pool_known = False
         """Whether an engine has been seen in the pool."""
         self.ranks: frozenset[str] = frozenset()
-        """All ranks of the pool, as last seen."""
+        """Ranks of the pool that may be chosen, as last seen: all but the silent, or all where none else is left."""
         self._store = AsyncStore(settings)
         self._pool = settings.pool
         self._asked: deque[_Asked] = deque()
@@ -196,26 +201,28 @@ class Bookings:
         then the caller keeps `tokens` of what is returned at what the request holds now."""
         if placement.outcome is Outcome.FALLBACK:
             return None
-        wait_s = min(_RENEW_S, self.booking_lease_s / 4) if is_counted else self.booking_lease_s / 4
         tokens = placement.request.tokens if is_counted else 0
-        opened = Open(tokens, time.monotonic() + wait_s, is_counted)
+        opened = Open(tokens, tokens, time.monotonic() + self.booking_lease_s / 4, is_counted)
         self.open[placement.request.request_id] = opened
         return opened
 
     async def _renew_open(self) -> None:
         while True:
-            every_s = min(_RENEW_S, self.booking_lease_s / 4)
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(min(_LOOK_S, self.booking_lease_s / 4))
             now = time.monotonic()
-            due = [(request_id, opened) for request_id, opened in self.open.items() if opened.due <= now]
+            due = [
+                (request_id, opened)
+                for request_id, opened in self.open.items()
+                if opened.due <= now or opened.tokens > _GROWN * opened.known
+            ]
             for start in range(0, len(due), protocol.MAX_IDS_PER_RENEW):
                 part = due[start : start + protocol.MAX_IDS_PER_RENEW]
-                for _, opened in part:
-                    opened.due = now + (every_s if opened.is_counted else self.booking_lease_s / 4)
                 if self.dispatcher.is_falling_back:
                     continue
+                held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
+                for _, opened in part:
+                    opened.known, opened.due = opened.tokens, now + self.booking_lease_s / 4
                 try:
-                    held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
                     await self._store.run(protocol.renew(self._pool, held))
                 except BalancerError as error:
                     log.warning("pool=%s bookings not renewed: %s", self._pool, error)
@@ -227,7 +234,8 @@ class Bookings:
             self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
             self.policy = snapshot.settings.policy
             self.is_pool_known = bool(snapshot.engines)
-            self.ranks = frozenset(view.rank for view in snapshot.ranks)
+            heard = frozenset(view.rank for view in snapshot.ranks if view.state is not EngineState.SILENT)
+            self.ranks = heard or frozenset(view.rank for view in snapshot.ranks)
 
     async def _read_settings(self) -> None:
         while True:

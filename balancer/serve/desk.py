@@ -16,7 +16,7 @@ from balancer.serve.bookings import Bookings
 from balancer.serve.metrics import Metrics
 from balancer.serve.options import Engine, EngineKind, Options
 from balancer.serve.retries import RetryBudget
-from balancer.serve.stand_in import StandIn, avoided
+from balancer.serve.stand_in import StandIn
 from balancer.serve.tokens import TokenCounter
 from balancer.serve.upstream import Pool
 from balancer.settings import Settings
@@ -66,9 +66,9 @@ class Desk:
     def avoided(self) -> tuple[str, ...]:
         """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
         must not turn everybody away."""
-        silent: tuple[str, ...] = ()
-        if any(target.stand_in.answers for target in self.targets):
-            silent = avoided(target.stand_in for target in self.targets)
+        silent = tuple(rank for target in self.targets if not target.stand_in.answers for rank in target.engine.ranks)
+        if len(silent) == len(self._by_rank):
+            silent = ()
         strangers = self._strangers_in(self.bookings.ranks)
         return (*silent, *strangers) if strangers else silent
 

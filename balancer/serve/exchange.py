@@ -36,6 +36,7 @@ log = logging.getLogger("balancer.serve")
 _TRY_ELSEWHERE = frozenset((502, 503))
 """What an engine that starts, stops or is broken answers, before it has done anything."""
 _REPEATABLE = frozenset(("GET", "HEAD", "OPTIONS"))
+_NOTHING_ASKED, _UNCOUNTED = Asked(), Counted(1, "none")
 
 
 @dataclass(slots=True)
@@ -66,8 +67,7 @@ class Exchange:
             request.received,
             trace=trace[3:35].decode("latin-1") if trace and len(trace) >= 35 else "",
         )
-        self._asked = Asked()
-        self._counted = Counted(1, "none")
+        self._asked, self._counted = _NOTHING_ASKED, _UNCOUNTED
         self._placed = is_placed(request.method, request.path)
         # Of what passes through, an upload or a deletion that an engine may have had is not sent again.
         self._may_repeat = self._placed or request.method in _REPEATABLE
@@ -79,19 +79,19 @@ class Exchange:
     async def run(self) -> None:
         """Answer the request. Cancelled when the client goes."""
         entry, metrics = self.entry, self._desk.metrics
-        metrics.in_flight.inc()
+        metrics.in_flight += 1
         try:
             await self._answer()
         except asyncio.CancelledError:
             entry.ended = "client_gone"
-            metrics.gone.inc()
+            metrics.gone()
             raise
         finally:
             if self._booked:
                 self._desk.bookings.end(self._booking_id, is_urgent=not self._is_acknowledged)
-            metrics.in_flight.dec()
+            metrics.in_flight -= 1
             metrics.answered(entry.path if self._placed else "other", entry.status)
-            metrics.duration.observe(time.monotonic() - entry.began)
+            metrics.observe(metrics.duration, time.monotonic() - entry.began)
             if self._desk.options.access_log:
                 entry.write()
 
@@ -201,7 +201,7 @@ class Exchange:
         target, index = found
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
-        desk.metrics.dispatch.observe(entry.placed - began)
+        desk.metrics.observe(desk.metrics.dispatch, entry.placed - began)
         desk.metrics.policy = bookings.policy
         desk.metrics.decided(placement.rank, placement.outcome.value)
         if placement.outcome is Outcome.FALLBACK:
@@ -271,7 +271,7 @@ class Exchange:
         entry, client, request, desk = self.entry, self._client, self._request, self._desk
         request.body = b""  # it will not be sent again, and a stream may last for minutes
         entry.status, entry.first_byte = answer.status, time.monotonic()
-        desk.metrics.first_byte.observe(entry.first_byte - entry.began)
+        desk.metrics.observe(desk.metrics.first_byte, entry.first_byte - entry.began)
         if (
             self._booked
             and attempt.target.engine.hooked

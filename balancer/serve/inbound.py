@@ -16,6 +16,7 @@ from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
 
 _MOST_HEADERS = 256
+_LOOKED_AT = frozenset((b"content-length", b"transfer-encoding", b"host", b"expect"))
 
 
 class Inbound:
@@ -169,8 +170,9 @@ class RequestReader:
     def _read_headers(self, request: Inbound) -> None:
         hosts, expects, size, sends = 0, False, len(request.target), False
         for name, value in request.headers:
-            low = name.lower()
             size += len(name) + len(value)
+            if (low := name.lower()) not in _LOOKED_AT:
+                continue
             if low == b"content-length":
                 request.has_body = True
                 sends = int(value) > 0
@@ -182,7 +184,7 @@ class RequestReader:
                     return self.refuse(501, "the only transfer coding taken is chunked, of HTTP/1.1")
             elif low == b"host":
                 hosts += 1
-            elif low == b"expect":
+            else:
                 expects = value.lower() == b"100-continue"
         if size > self._limits.head:
             return self.refuse(431, f"more than {self._limits.head} bytes of headers")

@@ -75,6 +75,7 @@ class Replica(Desk):
             target.pool.close()
         await end([self._gauging])
         await self.bookings.stop()
+        self.metrics.settle()
         self.tokens.close()
 
     def _tls(self) -> dict[str, ssl.SSLContext]:
@@ -141,9 +142,10 @@ class Replica(Desk):
         return (200 if ready else 503), [_JSON], orjson.dumps(fields)
 
     async def _gauge(self) -> None:
-        """Whichever worker is asked answers for all: each keeps its own gauges up to date."""
+        """Whichever worker is asked answers for all: each keeps its own samples up to date."""
         while True:
             self._set_gauges()
+            self.metrics.settle()
             await asyncio.sleep(_GAUGE_S)
 
     def _set_gauges(self) -> None:

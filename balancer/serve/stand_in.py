@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -153,8 +152,3 @@ class StandIn:
         if text != self._complained:
             log.warning("pool=%s engine=%s cannot be reported: %s", self._settings.pool, self.engine.name, text)
             self._complained = text
-
-
-def avoided(stand_ins: Iterable[StandIn]) -> tuple[str, ...]:
-    """Ranks of engines that do not answer."""
-    return tuple(rank for one in stand_ins if not one.answers for rank in one.engine.ranks)

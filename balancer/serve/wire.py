@@ -29,6 +29,8 @@ _OVERRIDE = b"x-override-"
 _KEYS = frozenset((b"authorization", b"x-api-key"))
 _ANSWERS_HOPS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"upgrade"))
 _BRACE = re.compile(rb"\s*\{\s*")
+_CONNECTION = len(b"connection")
+_NONE: frozenset[bytes] = frozenset()
 SAFE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 _XARGS = "dp_balancer"
 
@@ -115,14 +117,14 @@ def request_head(
 
 def named_by_connection(headers: Headers) -> frozenset[bytes]:
     """Names that a Connection header declares to be of this hop only."""
-    named = [
-        part.strip().lower() for name, value in headers if name.lower() == b"connection" for part in value.split(b",")
-    ]
-    return frozenset(named) - {b"close", b"keep-alive"}
+    said = [value for name, value in headers if len(name) == _CONNECTION and name.lower() == b"connection"]
+    if not said:
+        return _NONE
+    return frozenset(part.strip().lower() for value in said for part in value.split(b",")) - {b"close", b"keep-alive"}
 
 
 def answer_head(
-    status_line: bytes, headers: Headers, more: Headers, closes: bool, drop: frozenset[bytes] = frozenset()
+    status_line: bytes, headers: Headers, more: Headers, closes: bool, drop: frozenset[bytes] = _NONE
 ) -> bytes:
     """An answer's head as it goes to the client: the engine's, without what was meant for us alone."""
     named = named_by_connection(headers)

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from balancer import NoRank, Outcome, PoolAdmin, RankCounts, Reporter, Settings
-from balancer.model import MAX_TOKENS
+from balancer.model import MAX_TOKENS, in_flight_id
 from balancer.serve.bookings import Bookings
 from tests.unit.serve_cast import until
 
@@ -106,6 +106,27 @@ async def test_an_open_request_keeps_its_booking_and_its_tokens_grow(
         await bookings.stop()
 
 
+async def test_growth_is_told_at_once_where_it_is_much_and_with_the_lease_where_it_is_little(
+    join: Join, bookings: Bookings, client: redis.Redis
+) -> None:
+    join("e", 2)
+
+    def told(request_id: str) -> int:
+        return int(str(client.hget("dpb:{p}:bookings", str(in_flight_id(request_id)))).split(" ")[1])
+
+    short, long = [
+        bookings.watch(await bookings.place(request_id, tokens), is_counted=True)
+        for request_id, tokens in (("short", 10), ("long", 10_000))
+    ]
+    assert short
+    assert long
+    short.tokens, long.tokens = 60, 10_050
+    await until(lambda: told("short") == 60, "five times the prompt are told", within_s=2)
+    assert told("long") == 10_000, "a two hundredth more can wait"
+    long.tokens = 12_000
+    await until(lambda: told("long") == 12_000, "a fifth cannot", within_s=2)
+
+
 async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_being_renewed(
     join: Join, bookings: Bookings, admin: PoolAdmin
 ) -> None:
@@ -117,6 +138,28 @@ async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_b
     await until(
         lambda: {rank.load_tokens for rank in admin.snapshot().ranks} == {MAX_TOKENS, 300}, "both have been renewed"
     )
+
+
+async def test_a_silent_engine_is_none_to_choose_from_unless_all_are_silent(
+    join: Join, bookings: Bookings, admin: PoolAdmin
+) -> None:
+    engine, gone = join("e", 2), join("gone", 1)
+    admin.configure(engine_lease_ms=1_000)
+    everybody = {"e/0", "e/1", "gone/0"}
+    gone.report(1, [RankCounts(0, 0)])
+
+    async def see(ranks: set[str], reports: bool) -> None:
+        deadline = asyncio.get_running_loop().time() + 10
+        while bookings.ranks != ranks:
+            assert asyncio.get_running_loop().time() < deadline, bookings.ranks
+            if reports:
+                engine.report(2, [RankCounts(0, 0)] * 2)
+            await bookings.look()
+            await asyncio.sleep(0.05)
+
+    await see(everybody, reports=True)
+    await see({"e/0", "e/1"}, reports=True)
+    await see(everybody, reports=False)
 
 
 async def test_an_end_that_waits_does_not_end_the_same_id_placed_again(

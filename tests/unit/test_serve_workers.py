@@ -106,7 +106,7 @@ def test_workers_share_a_port_and_their_metrics_and_a_dead_one_is_replaced(
             placed = [line for line in text.splitlines() if line.startswith("balancer_decisions_total{")]
             return sum(float(line.split()[-1]) for line in placed)
 
-        assert {counted() for _ in range(6)} == {30.0}, "whichever worker is asked answers for all"
+        eventually(lambda: {counted() for _ in range(6)} == {30.0}, "whichever worker is asked answers for all")
 
         def connections() -> float:
             text = get(port, "/metrics").decode()

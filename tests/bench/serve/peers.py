@@ -21,7 +21,7 @@ from typing import Any
 
 from balancer.embedded import EmbeddedRedis
 from tests.bench.serve.harness import Load, Measured, cpu_s, least_disturbed, measure, process, stub, write
-from tests.bench.serve.routers import ENGINE, FLOOR, FRONT, SPACED_ENGINE, ours, peers, running
+from tests.bench.serve.routers import ENGINE, FLOOR, FRONT, OURS, SPACED_ENGINE, Router, ours, peers, running
 from tests.bench.serve.scale import balance, replicas, table_of_balance, table_of_replicas
 from tests.bench.serve.stacks import table
 
@@ -40,8 +40,8 @@ ALONE = (Load(1, stream=True, spaced=True), Load(1, stream=True), Load(1))
 def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
     """Every load on every router, alone, and straight on the stub engine."""
     with EmbeddedRedis() as server, stub(ENGINE), stub(SPACED_ENGINE, gap_us=5000):
-        routers = {router.name: router for router in [ours(server.url, "cost"), *peers(options, "round_robin")]}
-        runs: dict[str, list[dict[Load, Measured]]] = {name: [] for name in ["direct", *routers]}
+        theirs = {router.name: router for router in peers(options, "round_robin")}
+        runs: dict[str, list[dict[Load, Measured]]] = {name: [] for name in ["direct", OURS, *theirs]}
         order = list(runs)
         for number in range(options.rounds):
             for name in order:
@@ -52,7 +52,8 @@ def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
                     if name == "direct":
                         measured |= {load: measure([], engine, load, options.seconds) for load in loads}
                         continue
-                    with running(routers[name], FRONT, [f"http://127.0.0.1:{engine}"]) as pid:
+                    router = theirs.get(name) or _alone(server.url, spaced)
+                    with running(router, FRONT, [f"http://127.0.0.1:{engine}"]) as pid:
                         measure([pid], FRONT, Load(8), 0.5)
                         measured |= {load: measure([pid], FRONT, load, options.seconds) for load in loads}
                 runs[name].append(measured)
@@ -68,9 +69,10 @@ def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]
         server = stack.enter_context(EmbeddedRedis())
         stack.enter_context(stub(ENGINE))
         stack.enter_context(stub(SPACED_ENGINE, gap_us=5000))
-        routers = [ours(server.url, "single"), *peers(options, "round_robin")]
+        theirs = peers(options, "round_robin")
         fronts: dict[tuple[str, bool], tuple[int, list[int]]] = {}
-        for number, (router, spaced) in enumerate((router, spaced) for router in routers for spaced in (False, True)):
+        begun = [(router, spaced) for spaced in (False, True) for router in (_alone(server.url, spaced), *theirs)]
+        for number, (router, spaced) in enumerate(begun):
             port, engine = FRONT + number, SPACED_ENGINE if spaced else ENGINE
             pid = stack.enter_context(running(router, port, [f"http://127.0.0.1:{engine}"]))
             fronts[router.name, spaced] = port, [pid]
@@ -79,7 +81,7 @@ def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]
             floor = [sys.executable, "-m", "tests.bench.serve.proxies", FLOOR, str(port), str(engine), server.url]
             fronts[FLOOR, spaced] = port, [stack.enter_context(process(floor, port))]
             fronts["direct", spaced] = engine, []
-        names = ["direct", FLOOR, *(router.name for router in routers)]
+        names = ["direct", FLOOR, OURS, *(router.name for router in theirs)]
         runs: dict[str, dict[str, list[tuple[Measured, float]]]] = {
             name: {load.name: [] for load in ALONE} for name in names
         }
@@ -99,6 +101,11 @@ def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]
                for load, found in row.items()}
         for name, row in runs.items()
     }  # fmt: skip
+
+
+def _alone(redis_url: str, spaced: bool) -> Router:
+    """`balancer serve` in a pool that no other engine is in: others' ranks would have to be avoided."""
+    return ours(redis_url, f"spaced-{spaced}")
 
 
 def _medians(runs: Sequence[Measured]) -> dict[str, float]:
@@ -145,6 +152,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--seeds", type=int, default=4, help="of the balance's requests (default %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--balance-seconds", type=float, default=15.0)
     parser.add_argument("--arrivals", type=float, default=40.0, help="requests per second (default %(default)s)")
     options = parser.parse_args()

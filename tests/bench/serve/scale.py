@@ -95,7 +95,7 @@ def balance(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
                     stack.enter_context(running(router, front, ranks.urls))
                 scenes.append((router.name, count, ranks, fronts))
         played: list[list[float]] = [[] for _ in scenes]
-        for seed in range(1, options.seeds + 1):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             print(f"balance: seed {seed}", file=sys.stderr, flush=True)
             with ThreadPoolExecutor(len(scenes)) as threads:
                 jobs = [

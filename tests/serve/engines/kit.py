@@ -41,6 +41,8 @@ def running(kind: str, **environment: str) -> Iterator[str]:
     port = str(free_port())
     ours = {"SGLANG_PLUGINS": "dp_balancer" if environment else "none"} if kind == "sglang" else {}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("DP_BALANCER_")}
+    # A second SGLang on two cores takes four minutes: the idle ranks of the first look for work all the time.
+    clean.setdefault("READY_S", "600")
     started = subprocess.run(
         [KITS / kind / "serve", port, *([str(RANKS)] if kind == "vllm" else [])],
         env={**clean, **ours, **environment},

@@ -99,10 +99,12 @@ def lines(*replicas: Replica) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def stream(replica: Replica, tokens: int) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+def stream(
+    replica: Replica, tokens: int, prompt: str = "once upon a time"
+) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
     """A stream that has begun."""
     connection = replica.connect(120)
-    asked = {"model": "tiny", "prompt": "once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 200
@@ -201,7 +203,10 @@ def test_an_engine_with_the_plugin_and_one_without_share_a_pool(
         plain = f"{url},kind={hooked.kind},dp={RANKS},name=plain"
         mixed = [hooked.serve(hooked.word, plain, stack=stack) for _ in range(2)]
         eventually(lambda: len(hooked.snapshot().ranks) == 2 * RANKS, "both engines are in the pool", within_s=30)
-        streams = [stream(mixed[number % 2], LONG[hooked.kind]) for number in range(8)]
+        # Prompts that outweigh what an answer grows by until it is told: with some of five tokens the engine whose
+        # growth is known at once would get one where the other gets three.
+        prompt = "once upon a time " * 60
+        streams = [stream(mixed[number % 2], LONG[hooked.kind], prompt) for number in range(8)]
         eventually(
             lambda: 2 <= hooked.in_flight()[0] < 8, "the hook has acknowledged its own, and no others", within_s=30
         )
@@ -209,9 +214,10 @@ def test_an_engine_with_the_plugin_and_one_without_share_a_pool(
             assert answer.read().endswith(b"data: [DONE]\n\n")
             connection.close()
         placed = Counter(line["rank"] for line in lines(*mixed) if line["rank"])
-        # An answer grows at once where a hook reports it, elsewhere as its booking is renewed: so not exactly two each.
+        print(f"\n    {dict(sorted(placed.items()))}")
         assert set(placed) == {"hooked/0", "hooked/1", "plain/0", "plain/1"}, placed
         assert max(placed.values()) <= 3, placed
+        assert 3 <= placed["hooked/0"] + placed["hooked/1"] <= 5, placed
         for number in range(40):
             status, _, body = mixed[number % 2].chat(max_tokens=4, n=1 + number % 2)
             assert status == 200, body
