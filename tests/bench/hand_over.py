@@ -19,8 +19,8 @@ from balancer import Reporter, Settings
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks import Publisher, StepHook
 from scheduler_hooks.forms import GatherForm
-from scheduler_hooks.intake import Counts
-from scheduler_hooks.row import HEADER
+from scheduler_hooks.intake import Counts, Share
+from scheduler_hooks.row import HEADER, fill_row, new_row
 from tests.bench.measuring import Row, Target, row
 
 RANKS = 16
@@ -53,6 +53,8 @@ def on_step_thread(server: EmbeddedRedis, quick: bool) -> list[Row]:
                 spent = _round_us(ranks, hook, control)
                 measured.append({"hand_over": list(outlet.spent_us), **spent})
             rows += _rows(f"Redis {state}", measured)
+            failures = publisher.counters.failures
+            assert state != "up" or not failures, f"{failures} reports failed though Redis is up"
     finally:
         hook.close()
     return rows
@@ -71,8 +73,9 @@ class AllRanks:
         for rank in range(RANKS):
             ids = range(self._next_id, self._next_id + IDS_PER_RANK)
             self._next_id += IDS_PER_RANK
-            sent = array("q", (rank, 50_000 + rank, 64, IDS_PER_RANK, *ids))
-            self._rows[rank * self._width : rank * self._width + len(sent)] = sent
+            row = new_row(rank, IDS_PER_GATHER)
+            fill_row(row, Share((50_000 + rank, 64, 3_000, 431), list(ids)))
+            self._rows[rank * self._width : (rank + 1) * self._width] = row
 
     def gather(self, row: array[int]) -> memoryview:
         return memoryview(self._rows)
@@ -109,7 +112,7 @@ def _round_us(ranks: AllRanks, hook: StepHook, control: StepHook) -> dict[str, l
             ranks.arrive()
             time.sleep(PAUSE_S)  # the GPU works
             begun = time.perf_counter_ns()
-            each.after_step(50_000, 64, received)
+            each.after_step(50_000, 64, received, 3_000, 431)
             spent[each].append((time.perf_counter_ns() - begun) / 1000)
     assert not hook.troubles, f"the hook is in trouble: {hook.troubles}"
     return {"after_step": spent[hook], "after_step without publisher": spent[control]}
