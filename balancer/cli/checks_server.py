@@ -46,7 +46,7 @@ class Server:
         self.store = store
         self.pool = store.settings.pool
         self.url = redacted(store.settings.url or "")
-        self._info: dict[str, Mapping[str, Any]] = {}
+        self._info: dict[str, Mapping[str, str]] = {}
 
     def ask(self, *words: str | int) -> Any:
         """A command's reply, or None where the server refuses it. Raises StoreUnavailable."""
@@ -57,11 +57,11 @@ class Server:
         except (StoreError, Refused):
             return None
 
-    def info(self, section: str) -> Mapping[str, Any]:
+    def info(self, section: str) -> Mapping[str, str]:
         """A section of INFO, asked for once; empty where it is denied."""
         if section not in self._info:
-            reply = self.ask("INFO", section)
-            self._info[section] = reply if isinstance(reply, Mapping) else {}
+            lines = _text(self.ask("INFO", section) or "").splitlines()
+            self._info[section] = dict(line.split(":", 1) for line in lines if ":" in line)
         return self._info[section]
 
     def setting(self, name: str) -> str | None:
@@ -79,11 +79,11 @@ def check_version(server: Server) -> Finding:
     info = server.info("server")
     if "redis_version" not in info:
         return unknown("server", f"{server.url} answers; this user may not ask its version", "needs 6.2 or later")
-    named = str(info.get("server_name", "redis"))
-    version = str(info.get(f"{named}_version", info["redis_version"]))
+    named = info.get("server_name", "redis")
+    version = info.get(f"{named}_version", info["redis_version"])
     flavour = {"redis": "Redis", "valkey": "Valkey"}.get(named)
     seen = f"{flavour or named} {version} at {server.url}"
-    numbers = tuple(int(part) for part in re.findall(r"\d+", str(info["redis_version"]))[:2])
+    numbers = tuple(int(part) for part in re.findall(r"\d+", info["redis_version"])[:2])
     if numbers < LEAST_VERSION:
         return fail("server", seen, "too old: dp-balancer needs Redis 6.2 or later, or any Valkey")
     if flavour is None:
@@ -129,7 +129,7 @@ def check_role(server: Server) -> Finding:
 def check_memory(server: Server) -> Finding:
     """Nothing may be evicted, and there must be room."""
     info = server.info("memory")
-    policy = str(info.get("maxmemory_policy") or server.setting("maxmemory-policy") or "")
+    policy = info.get("maxmemory_policy") or server.setting("maxmemory-policy")
     if not policy:
         return unknown("memory", "maxmemory-policy is not visible to this user", "must be noeviction")
     if policy != "noeviction":
