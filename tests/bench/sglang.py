@@ -2,12 +2,11 @@
 
 Two servers of the same SGLang, one plain (its own round robin), one with dp-balancer in it, whose pool is told one
 policy after the other. SGLang's own bench client speaks to both in turn, in alternating order, and each figure is the
-median of its rounds. Then as many short pairs of rounds as asked for, a closed loop of equal requests, both servers by
-round robin: what the plugin costs in throughput, with its interval. A probe takes what dp-balancer costs inside the
-engine, and the controller's dispatch with it and without.
+median of its rounds. A probe takes what dp-balancer costs inside the engine, and the controller's dispatch with it and
+without. What it costs in throughput: `tests.bench.sglang_throughput`.
 
 Both servers stay up, but the one that is not asked is frozen (SIGSTOP): SGLang's schedulers and its controller spin
-when idle, and one idle server takes the cores from the one that works. About eight minutes on two cores; longer prompts
+when idle, and one idle server takes the cores from the one that works. About four minutes on two cores; longer prompts
 and answers by ARGS="--input 4096 --output 512".
 """
 
@@ -20,7 +19,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from balancer import Settings
 from balancer.admin import PoolAdmin
 from balancer.embedded import EmbeddedRedis
 from scheduler_hooks.demo.table import render
-from tests.bench.measuring import interval
 from tests.engines.sglang.probe import PROBE, costs
 from tests.engines.sglang.server import KIT, ROOT, SGLangServer, engines_home, what_is_missing
 
@@ -69,15 +66,6 @@ def bench(server: SGLangServer, arguments: argparse.Namespace, seed: int) -> dic
         return found
 
 
-def closed_loop(server: SGLangServer, requests: int = 64, at_once: int = 16) -> float:
-    """Output tokens per second of equal requests, `at_once` of them at a time."""
-    began = time.monotonic()
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = list(pool.map(lambda _: server.generate(64, 32), range(requests)))
-    tokens = sum(int(answer["meta_info"]["completion_tokens"]) for answer in answers)
-    return tokens / (time.monotonic() - began)
-
-
 @contextmanager
 def alone(server: SGLangServer) -> Iterator[SGLangServer]:
     """The server awake, and warm, for the length of a run; frozen before and after."""
@@ -100,7 +88,6 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=1024, help="most prompt tokens")
     parser.add_argument("--output", type=int, default=64, help="most output tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=6, help="pairs of short rounds for the throughput; 0 for none")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--form", default="auto")
     parser.add_argument("--port", type=int, default=30200)
@@ -129,52 +116,36 @@ def main() -> None:
             say("starting SGLang with dp-balancer")
             with ours:
                 ours.freeze()
-                rows, pairs = measure(arguments, plain, ours, PoolAdmin(Settings(url=str(redis.url), pool="bench")))
+                rows = measure(arguments, plain, ours, PoolAdmin(Settings(url=str(redis.url), pool="bench")))
         print(
             f"\n{arguments.rounds} rounds of {arguments.prompts} prompts (up to {arguments.input} + {arguments.output} "
             f"tokens, rate {arguments.rate}), {ranks} ranks with DP attention, SGLang 0.5.23"
         )
         print("\n" + render({name: _figures(found) for name, found in rows.items()}))
-        if pairs:
-            low, mean, high = interval([100 * (ours / plain - 1) for plain, ours in pairs])
-            print(
-                f"\nthroughput with dp-balancer against plain, both by round robin, {len(pairs)} pairs: "
-                f"{mean:+.1f} % (95 %: {low:+.1f} to {high:+.1f} %)"
-            )
         print(f"\nwith dp-balancer\n{costs(Path(probed))}\n\nplain\n{costs(Path(bare))}")
     out = ROOT / "out"
     out.mkdir(exist_ok=True)
-    (out / "bench-sglang.json").write_text(
-        json.dumps({"arguments": vars(arguments), "rows": rows, "pairs": pairs}, default=str)
-    )
+    (out / "bench-sglang.json").write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, default=str))
     print(f"\nserver logs: {engines_home() / 'run'}; every figure: out/bench-sglang.json")
 
 
 def measure(
     arguments: argparse.Namespace, plain: SGLangServer, ours: SGLangServer, pool: PoolAdmin
-) -> tuple[dict[str, list[dict[str, Any]]], list[list[float]]]:
-    """The bench client's rows by method; the throughputs of each pair of short rounds, plain and with dp-balancer."""
+) -> dict[str, list[dict[str, Any]]]:
+    """The bench client's rows by method."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (PLAIN, *POLICIES)}
     for number in range(arguments.rounds):
-        for name in _turns(rows, number):
+        for name in turns(rows, number):
             if name != PLAIN:
                 pool.configure(policy=name)
             with alone(plain if name == PLAIN else ours) as server:
                 rows[name].append(bench(server, arguments, seed=number))
             say(f"round {number + 1} of {arguments.rounds}, {name}: {rows[name][-1]['duration']:.1f} s")
-    pool.configure(policy="round_robin")
-    servers, pairs = {"plain": plain, "dp-balancer": ours}, []
-    for number in range(arguments.pairs):
-        speed = {}
-        for name in _turns(servers, number):
-            with alone(servers[name]) as server:
-                speed[name] = closed_loop(server)
-        pairs.append([speed[name] for name in servers])
-        say(f"pair {number + 1} of {arguments.pairs}: " + ", ".join(f"{s:,.0f} tokens/s" for s in pairs[-1]))
-    return rows, pairs
+    return rows
 
 
-def _turns(names: Iterable[str], number: int) -> list[str]:
+def turns(names: Iterable[str], number: int) -> list[str]:
+    """The names, in reversed order every second time."""
     return list(names)[:: 1 if number % 2 == 0 else -1]
 
 

@@ -33,10 +33,18 @@ from typing import Any
 from balancer import Dispatcher, PoolAdmin, Settings
 from balancer.embedded import EmbeddedRedis
 from tests.bench.measuring import interval
-from tests.bench.sglang import say
+from tests.bench.sglang import say, turns
 from tests.engines.sglang.server import ROOT, SGLangServer, what_is_missing
 
-METHODS = ("shared/envelope", "shared/minimum_tokens", "round_robin", "polling", "polling+own", "controller")
+METHODS = (
+    "shared/envelope",
+    "shared/minimum_tokens",
+    "shared/pending_envelope",
+    "round_robin",
+    "polling",
+    "polling+own",
+    "controller",
+)
 POOL = "four"
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -168,11 +176,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--interval", type=int, default=100, help="between two polls, in ms")
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--port", type=int, default=30700)
     arguments = parser.parse_args()
     if problem := what_is_missing():
         raise SystemExit(problem)
-    runs: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in arguments.methods}
     with EmbeddedRedis() as redis:
         flags = ("--dp", str(arguments.ranks), "--load-balance-method", "total_tokens", "--sleep-on-idle")
         environment = {"DP_BALANCER_URL": str(redis.url), "DP_BALANCER_POOL": POOL, "DP_BALANCER_DISPATCH": "0"}
@@ -181,7 +190,7 @@ def main() -> None:
             arguments.server, arguments.redis = server.url, str(redis.url)
             admin = PoolAdmin(Settings(url=arguments.redis, pool=POOL, budget_ms=5_000))
             for seed in range(arguments.seeds):
-                for method in METHODS if seed % 2 == 0 else METHODS[::-1]:
+                for method in turns(runs, seed):
                     if method.startswith("shared/"):
                         admin.configure(policy=method.partition("/")[2])
                     runs[method].append(measure(method, seed, arguments))
@@ -197,9 +206,10 @@ def main() -> None:
             f"{method:<24}{mean:>9.2f}{f'{low:.2f} to {high:.2f}':>16}{f'{min(ratios):.2f}, {max(ratios):.2f}':>18}"
             f"{seconds:>9.1f}{failed:>8.0f}"
         )
-    print("\nagainst shared/envelope, seed by seed")
-    for method in METHODS[1:]:
-        pairs = zip(runs[method], runs[METHODS[0]], strict=True)
+    first, *others = runs
+    print(f"\nagainst {first}, seed by seed")
+    for method in others:
+        pairs = zip(runs[method], runs[first], strict=True)
         low, mean, high = interval([one["max_over_mean"] - ours["max_over_mean"] for one, ours in pairs])
         print(f"{method:<24}{mean:>+9.2f}{f'{low:+.2f} to {high:+.2f}':>16}")
     (ROOT / "out").mkdir(exist_ok=True)

@@ -150,7 +150,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: latencies in µs, CPU in µs per request of the process under test, resident memory in MiB."""
+    """One run: latencies in µs, CPU in µs per request (of the process under test, of Redis), resident memory in MiB."""
 
     requests_per_s: float
     p50_us: float
@@ -159,13 +159,14 @@ class Measured:
     first_p99_us: float
     cpu_us: float
     rss_mib: float
+    redis_cpu_us: float
 
 
-def measure(pids: Sequence[int], port: int, what: Load, seconds: float) -> Measured:
-    """Load on `port` while the CPU of `pids` and their descendants is read. Without pids the CPU is 0."""
-    before = sum(cpu_s(pid) for pid in pids)
+def measure(pids: Sequence[int], port: int, what: Load, seconds: float, redis: int | None = None) -> Measured:
+    """Load on `port` while the CPU of `pids` and their descendants is read, and that of `redis`; of none it is 0."""
+    before, in_redis = sum(cpu_s(pid) for pid in pids), cpu_s(redis) if redis else 0
     answer = load(port, what.connections, seconds, what.body, what.stream, what.rate)
-    spent = sum(cpu_s(pid) for pid in pids) - before
+    spent, in_redis = sum(cpu_s(pid) for pid in pids) - before, (cpu_s(redis) if redis else 0) - in_redis
     requests = answer["requests"] * seconds / answer["seconds"] or float("nan")  # the warm-up costs CPU too
     total, first = answer["total_us"], answer["first_us"]
     if not answer["requests"]:  # a machine so busy that none came back in time
@@ -178,6 +179,7 @@ def measure(pids: Sequence[int], port: int, what: Load, seconds: float) -> Measu
         first_p99_us=first["p99"],
         cpu_us=1e6 * spent / requests,
         rss_mib=sum(rss_mib(pid) for pid in pids),
+        redis_cpu_us=1e6 * in_redis / requests,
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from balancer.embedded import EmbeddedRedis
-from tests.bench.serve.harness import Load, Measured, cpu_s, least_disturbed, measure, process, stub, write
+from tests.bench.serve.harness import Load, Measured, least_disturbed, measure, process, stub, write
 from tests.bench.serve.routers import ENGINE, FLOOR, FRONT, OURS, SPACED_ENGINE, Router, ours, peers, running
 from tests.bench.serve.scale import balance, replicas, table_of_balance, table_of_replicas
 from tests.bench.serve.stacks import table
@@ -55,7 +55,8 @@ def cost(options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
                     router = theirs.get(name) or _alone(server.url, spaced)
                     with running(router, FRONT, [f"http://127.0.0.1:{engine}"]) as pid:
                         measure([pid], FRONT, Load(8), 0.5)
-                        measured |= {load: measure([pid], FRONT, load, options.seconds) for load in loads}
+                        redis = None if name in theirs else server.pid
+                        measured |= {load: measure([pid], FRONT, load, options.seconds, redis) for load in loads}
                 runs[name].append(measured)
             order.reverse()
     return {
@@ -82,25 +83,16 @@ def single(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]
             fronts[FLOOR, spaced] = port, [stack.enter_context(process(floor, port))]
             fronts["direct", spaced] = engine, []
         names = ["direct", FLOOR, OURS, *(router.name for router in theirs)]
-        runs: dict[str, dict[str, list[tuple[Measured, float]]]] = {
-            name: {load.name: [] for load in ALONE} for name in names
-        }
+        runs: dict[str, dict[str, list[Measured]]] = {name: {load.name: [] for load in ALONE} for name in names}
         for load in ALONE:
             order = list(names)
             for number in range(options.rounds):
                 print(f"single, {load.name}, round {number + 1}", file=sys.stderr, flush=True)
                 for name in order:
                     port, pids = fronts[name, load.spaced]
-                    before = cpu_s(server.pid)
-                    found = measure(pids, port, load, options.seconds)
-                    in_redis = (cpu_s(server.pid) - before) * 1e6 / max(found.requests_per_s * options.seconds, 1)
-                    runs[name][load.name].append((found, in_redis))
+                    runs[name][load.name].append(measure(pids, port, load, options.seconds, server.pid))
                 order.reverse()
-    return {
-        name: {load: {**_medians([run for run, _ in found]), "redis_cpu_us": statistics.median(c for _, c in found)}
-               for load, found in row.items()}
-        for name, row in runs.items()
-    }  # fmt: skip
+    return {name: {load: _medians(found) for load, found in row.items()} for name, row in runs.items()}
 
 
 def _alone(redis_url: str, spaced: bool) -> Router:
