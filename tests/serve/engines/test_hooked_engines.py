@@ -91,6 +91,8 @@ def idle(hooked: Hooked, eventually: Eventually) -> Callable[[], None]:
 
 LONG = {"sglang": 300, "vllm": 1_500}
 """Tokens of an answer that runs for some seconds."""
+PROMPT = "once upon a time " * 60
+"""It outweighs what an answer has grown by when the next one is placed: loads are tokens, not requests."""
 
 
 def lines(*replicas: Replica) -> list[dict[str, Any]]:
@@ -99,12 +101,10 @@ def lines(*replicas: Replica) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def stream(
-    replica: Replica, tokens: int, prompt: str = "once upon a time"
-) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+def stream(replica: Replica, tokens: int) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
     """A stream that has begun."""
     connection = replica.connect(120)
-    asked = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 200
@@ -203,10 +203,7 @@ def test_an_engine_with_the_plugin_and_one_without_share_a_pool(
         plain = f"{url},kind={hooked.kind},dp={RANKS},name=plain"
         mixed = [hooked.serve(hooked.word, plain, stack=stack) for _ in range(2)]
         eventually(lambda: len(hooked.snapshot().ranks) == 2 * RANKS, "both engines are in the pool", within_s=30)
-        # Prompts that outweigh what an answer grows by until it is told: with some of five tokens the engine whose
-        # growth is known at once would get one where the other gets three.
-        prompt = "once upon a time " * 60
-        streams = [stream(mixed[number % 2], LONG[hooked.kind], prompt) for number in range(8)]
+        streams = [stream(mixed[number % 2], LONG[hooked.kind]) for number in range(8)]
         eventually(
             lambda: 2 <= hooked.in_flight()[0] < 8, "the hook has acknowledged its own, and no others", within_s=30
         )
