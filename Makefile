@@ -63,7 +63,10 @@ test-engines: test-sglang test-vllm  ## (kit) the plugins and balancer serve wit
 	$(PYTEST) tests/serve/engines -s $(ARGS)
 
 test-sglang: sglang-ready  ## (kit) in real SGLang, on the CPU (DPB_SGLANG_FORMS, DPB_SGLANG_RELEASES choose less)
-	$(PYTEST) tests/engines/sglang -s $(ARGS)
+	$(PYTEST) tests/engines/sglang --ignore tests/engines/sglang/test_pd.py -s $(ARGS)
+
+test-sglang-pd: sglang-ready  ## (kit) prefill and decode on SGLangs of their own (DPB_MOONCAKE=FOLDER with Mooncake in it)
+	DPB_MOONCAKE=$(DPB_MOONCAKE) $(PYTEST) tests/engines/sglang/test_pd.py -s $(ARGS)
 
 test-vllm: vllm-ready  ## (kit) in real vLLM, its GPU simulated (ARGS="-k test_scheduler" is the slim form)
 	$(PYTEST) tests/engines/vllm -s $(ARGS)
@@ -81,5 +84,5 @@ bench-vllm: vllm-ready  ## (kit) the pool beside vLLM's own balancer, and what t
 clean:  ## remove the environment and what tools left behind
 	rm -rf .venv out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo test lint chaos test-docker test-serve soak bench sglang-ready vllm-ready test-engines test-sglang test-vllm
+.PHONY: help demo test lint chaos test-docker test-serve soak bench sglang-ready vllm-ready test-engines test-sglang test-sglang-pd test-vllm
 .PHONY: bench-serve bench-sglang bench-vllm clean

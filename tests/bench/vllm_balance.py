@@ -128,7 +128,7 @@ def main() -> None:
     """Run the rounds, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("moe", "dense"), default="moe")
-    parser.add_argument("--held-ns", type=int, default=HELD_NS, help="what a held token costs a step; the kit's own: 40")
+    parser.add_argument("--held-ns", type=int, default=HELD_NS, help="of a step, for a held token; the kit's own: 40")
     parser.add_argument("--rounds", type=int, default=4, help="pairs of rounds")
     parser.add_argument("--seconds", type=float, default=30, help="of arrivals in each round")
     parser.add_argument("--rate", type=float, default=6, help="requests per second")
