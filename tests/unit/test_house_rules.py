@@ -31,6 +31,18 @@ ONE_DOOR = {
     "sglang": {f"scheduler_hooks.sglang.{room}" for room in ("counting", "register", "shim", "targets")},
     "vllm": {"scheduler_hooks.vllm.attach"},
 }
+OFFERED = {"balancer.marker", "balancer.model"}
+"""What the engine's side may use beside the public names of `balancer`: the marks in ids, checks and limits of values."""
+OFFERED_TO = {
+    "scheduler_hooks.demo": {"balancer.cli", "balancer.embedded", "balancer.settings", "balancer.workload"},
+    "scheduler_hooks.replay": {
+        "balancer.cli",
+        "balancer.workload",
+        "balancer.simulator",
+        *(f"balancer.simulator.{room}" for room in ("engine", "recorder", "report", "report_html", "stream")),
+    },
+}
+"""And its two programs: a Redis of their own, made-up traffic, the simulator beside."""
 
 
 def imported_by(module: str, top_level_only: bool = False) -> set[str]:
@@ -68,6 +80,22 @@ def test_the_core_imports_no_sub_package_and_no_hook() -> None:
     for name in CORE:
         strangers = {used for used in imported_by(name) if used in MODULES and used not in CORE}
         assert not strangers, f"{name} imports {strangers}"
+
+
+def test_the_hooks_use_of_the_library_what_is_offered_to_them() -> None:
+    for name in MODULES:
+        if name.startswith("scheduler_hooks"):
+            room = ".".join(name.split(".")[:2])
+            strangers = {used for used in imported_by(name) if used.split(".")[0] == "balancer"} - {"balancer"}
+            strangers -= OFFERED | OFFERED_TO.get(room, set())
+            assert not strangers, f"{name} imports {strangers}"
+
+
+def test_the_library_imports_no_hook() -> None:
+    for name in MODULES:
+        if name.startswith("balancer"):
+            hooks = {used for used in imported_by(name) if used.split(".")[0] == "scheduler_hooks"}
+            assert not hooks, f"{name} imports {hooks}"
 
 
 @EVERY
