@@ -32,7 +32,7 @@ ONE_DOOR = {
     "vllm": {"scheduler_hooks.vllm.attach"},
 }
 OFFERED = {"balancer.marker", "balancer.model"}
-"""What the engine's side may use beside the public names of `balancer`: the marks in ids, checks and limits of values."""
+"""What the engine's side may use beside the public names of `balancer`: marks in ids, checks and limits of values."""
 OFFERED_TO = {
     "scheduler_hooks.demo": {"balancer.cli", "balancer.embedded", "balancer.settings", "balancer.workload"},
     "scheduler_hooks.replay": {
