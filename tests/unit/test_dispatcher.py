@@ -460,9 +460,9 @@ def test_ranks_that_are_none_are_refused(make: Make, named: Any) -> None:
 
 def test_a_dispatcher_told_to_try_once_tries_once(make: Make, settings: Settings, redis_server: EmbeddedRedis) -> None:
     report(settings, 0)
-    dispatcher = make(tries=1, budget_ms=400, probe_ms=NEVER_MS)
+    dispatcher = make(tries=1, budget_ms=1_000, probe_ms=NEVER_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         began = time.monotonic()
         assert dispatcher.dispatch("b", 1).outcome is Outcome.FALLBACK
-        assert 0.35 <= time.monotonic() - began < 0.75  # a silent server costs the whole budget, and no second one
+        assert 0.9 <= time.monotonic() - began < 1.9  # a silent server costs the whole budget, and no second one
