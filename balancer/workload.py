@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TextIO
 
-from balancer.errors import BalancerError
+from balancer.errors import InvalidInput
 
 MAX_TOKENS = 100_000_000
 """Longest length believed, in tokens: no context window is near it, so more is a wrong column."""
@@ -33,7 +33,7 @@ _NORMAL_P99 = 2.3263
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-class WorkloadError(BalancerError):
+class WorkloadError(InvalidInput):
     """A trace or a parameter of the workload that cannot be used; says where and what to do."""
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 _DISPATCHER = """
@@ -90,7 +89,6 @@ class MockEngineProcess:
     """A mock engine with the real hook; `kill` takes all its ranks at once."""
 
     def __init__(self, url: str, pool: str, *options: str, name: str = "mock-0", ranks: int = 4) -> None:
-        self._stats: Path | None = None
         command = [sys.executable, "-m", "scheduler_hooks.mock_engine", "--engine", name, "--pool", pool]
         command += ["--redis", url, "--ranks", str(ranks), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)

@@ -1,10 +1,14 @@
-"""What all tests share: one real Redis for the run, a clean pool for each test, and waiting for conditions."""
+"""What all tests share: one real Redis for the run, a clean pool for each test, and waiting for conditions.
+
+Where CI=true a test that is left out is a failure: nobody reads there that a trace or a program was missing.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import redis
@@ -15,6 +19,27 @@ from balancer.embedded import EmbeddedRedis
 from balancer.protocol import Operation
 from balancer.store import Store
 from tests.clock import CLOCK_KEY, Clock, script_with_test_clock
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def _failed_if_left_out(report: Report) -> Report:
+    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"left out, which in CI is a failure: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test."""
+    return _failed_if_left_out((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file of tests."""
+    return _failed_if_left_out((yield))
 
 
 @pytest.fixture(scope="session")

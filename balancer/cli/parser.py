@@ -51,13 +51,18 @@ which pool:
   Every verb about a pool takes --pool POOL; status, configure, policy and doctor
   also take it as their first word. Without either: DP_BALANCER_POOL, then "default"."""
 
-_NOT_HERE = ("DP_BALANCER_BUDGET_MS", "DP_BALANCER_PROBE_MS", "DP_BALANCER_NAME")
-"""Settings of dispatchers that the command line does not use."""
-
 _FURTHER_VARIABLES = """\
 DP_BALANCER_REDIS_SERVER     server program that `redis` and `demo` start
+DP_BALANCER_API_KEY          `serve`: the key that clients bring
+DP_BALANCER_ENGINE_KEY       `serve`: the key that it brings to engines
 DP_BALANCER_DEBUG            1: errors with their traceback
 NO_COLOR                     no colour on a terminal"""
+
+_IN_ENGINES = """\
+environment of the plugins in engines, beside the Redis and the pool above
+(scheduler_hooks/sglang/README.md and vllm/README.md explain it):
+  DP_BALANCER_ENGINE, DP_BALANCER_ADDRESS, DP_BALANCER_HOOK, DP_BALANCER_DISPATCH,
+  DP_BALANCER_FORM, DP_BALANCER_EVERY, DP_BALANCER_CAPACITY"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="balancer",
         description=_DESCRIPTION,
-        epilog="\n\n".join((_POOL_RULE, _environment(), _exit_codes(), _examples(VERBS, most=1))),
+        epilog="\n\n".join((_POOL_RULE, _environment(), _IN_ENGINES, _exit_codes(), _examples(VERBS, most=1))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -128,5 +133,10 @@ def _exit_codes() -> str:
 def _environment() -> str:
     # The table in balancer.settings is the one description of these variables.
     table = (settings.__doc__ or "").partition("\n\n")[2].strip()
-    variables = [line for line in table.splitlines() if not line.startswith(_NOT_HERE)]
-    return "\n  ".join(["environment:", *variables, *_FURTHER_VARIABLES.splitlines()])
+    return "\n  ".join(
+        [
+            "environment (BUDGET_MS, PROBE_MS and NAME are for dispatchers):",
+            *table.splitlines(),
+            *_FURTHER_VARIABLES.splitlines(),
+        ]
+    )

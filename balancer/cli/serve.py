@@ -148,7 +148,8 @@ def _mock_engine(ranks: int) -> Iterator[Engine]:
 
 def _run(arguments: argparse.Namespace) -> int:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise InvalidInput(f"`balancer serve` needs {' and '.join(missing)}: pip install 'dp-balancer[serve]'")
+        needed = " and ".join(missing)
+        raise InvalidInput(f"`balancer serve` needs {needed}: pip install '.[serve]' in dp-balancer's folder")
     from balancer.serve.workers import serve
 
     engines = checked_engines([parse_engine(word) for word in arguments.engine])

@@ -37,7 +37,7 @@ class Verb:
 def verb_of(room: str, name: str, summary: str, examples: tuple[str, ...]) -> Verb:
     """A verb that lives in a room which nothing here imports: `room`, a module with `main(words) -> exit status`.
 
-    It is found by name when asked, and parses what follows the verb itself.
+    It is found by name when asked, and parses what follows the verb itself. What it raises ends here as any error does.
     """
 
     def run(arguments: argparse.Namespace) -> int:

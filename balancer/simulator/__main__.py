@@ -1,4 +1,4 @@
-"""`python -m balancer.simulator`: the simulator by itself, as `balancer simulate` runs it."""
+"""`python -m balancer.simulator`, which is `balancer simulate`: errors and exit codes are the command line's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from balancer.errors import BalancerError
+from balancer.cli import main as command_line
 from balancer.simulator import command
 
 
@@ -22,14 +22,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on stderr for what cannot be simulated."""
-    try:
-        return command.run(parser().parse_args(argv))
-    except BalancerError as error:
-        print(f"balancer simulate: {error}", file=sys.stderr)
-        return 2
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the simulation. Raises BalancerError."""
+    return command.run(parser().parse_args(words))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(["simulate", *sys.argv[1:]]))

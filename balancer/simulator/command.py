@@ -18,7 +18,6 @@ from balancer.simulator.scenario import EngineKind, Scenario
 from balancer.simulator.stream import Stream, decode_rate_per_s, prefill_rate_per_s, requests_per_rank, resampled
 from balancer.workload import TimedRequest, generate, load_trace, scaled
 
-SUMMARY = "what a policy is worth on your traffic, on simulated engines"
 DETAILS = """\
 Simulate engines whose ranks step together, place a stream of requests on them with
 several balancers, and compare. No GPU, no Redis. Balancers are the project's policies

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balancer.errors import BalancerError
+from balancer.errors import InvalidInput
 from balancer.scripts import Script
 from balancer.simulator.sorted_set import SortedSet
 
@@ -21,7 +21,7 @@ Reply = int | str | None | list[Any]
 """What a command replies; a script's reply is made of the same."""
 
 
-class LuaMissing(BalancerError):
+class LuaMissing(InvalidInput):
     """The embedded Lua is not installed."""
 
 
@@ -33,7 +33,7 @@ class LuaRedis:
             from lupa import lua51
         except ImportError as error:
             raise LuaMissing(
-                "the shipped Lua needs lupa here: pip install 'dp-balancer[simulator]', or use a Python policy"
+                "the shipped Lua needs lupa: pip install '.[simulator]' in dp-balancer's folder, or use a Python policy"
             ) from error
         self.now_ms = now_ms
         self._values: dict[str, Value] = {}

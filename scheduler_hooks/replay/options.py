@@ -78,7 +78,7 @@ class Plan:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Check the arguments. Raises InvalidInput or WorkloadError for what cannot be played."""
+    """Check the arguments. Raises InvalidInput for what cannot be played."""
     for name in ("ranks", "dispatchers", "rounds", "requests"):
         if getattr(arguments, name) < 1:
             raise InvalidInput(f"--{name} must be at least 1")

@@ -1,6 +1,6 @@
 """SGLang: its requests placed by the pool, its ranks' loads reported to it. A plugin of unmodified SGLang.
 
-    pip install dp-balancer                       # beside SGLang
+    pip install .                                 # dp-balancer's folder, into SGLang's environment
     DP_BALANCER_URL=redis://10.0.0.5:6379/0 python -m sglang.launch_server ... --dp 8 --enable-dp-attention
 
     register     the entry point `dp_balancer` in `sglang.srt.plugins`: looks at this SGLang and attaches

@@ -1,8 +1,7 @@
 """The dispatcher inside an API server: before vLLM's client sends a request to an EngineCore, the pool chooses which.
 
 One EVAL on the API server's own event loop, with the id and the token count that the scheduler will see. Whenever the
-pool has no answer (Redis away, nobody joined, a rank that this server cannot reach), vLLM's own balancer decides, as
-if we were not there.
+pool has no answer (Redis away, nobody joined, a rank that this server cannot reach), vLLM's own balancer decides.
 """
 
 from __future__ import annotations

@@ -94,6 +94,9 @@ class Timed:
             self._publisher.hand_over(step, counts, received)
             self.spent_us.append((time.perf_counter_ns() - begun) / 1000)
 
+    def still_here(self, patience_s: float) -> None:
+        pass
+
     def silence(self) -> None:
         pass
 

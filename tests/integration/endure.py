@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -20,11 +19,6 @@ WARM_S = 1.5
 SLACK_MS = 800
 """What two crowded cores may add to an answer, `crowd` times."""
 AFTER_S = 1.5
-
-
-def crowd() -> float:
-    """How often what two cores with ordinary company may add is to be granted, by what waits for a core: 1 to 5."""
-    return min(5.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1) / 3))
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,7 @@ class Program:
 
     def check(self) -> None:
         """The keys hold what the oracle says, and all but the settings end some day."""
-        contents, ttls = orjson.loads(self._dumped)
-        found: dict[str, dict[str, Any]] = {
-            name: dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
-            for name, flat in zip(KEY_NAMES, contents, strict=True)
-        }
+        found, ttls = self.contents()
         pool, queues = found.pop("pool"), found.pop("queues")
         found["engines"] = {name: _engine(name, record) for name, record in found["engines"].items()}
         found["bookings"] = {id_: _booking(record) for id_, record in found["bookings"].items()}
@@ -110,6 +106,15 @@ class Program:
         assert float(pool.get("largest", 0)) == self.oracle.largest
         for name, ttl in zip(KEY_NAMES, ttls, strict=True):
             assert ttl > 0 or ttl == -2 or (name == "pool" and ttl == -1), f"{name} never ends"
+
+    def contents(self) -> tuple[dict[str, dict[str, Any]], list[int]]:
+        """What every key held after the last operation, and how long each had to live (ms)."""
+        contents, ttls = orjson.loads(self._dumped)
+        found = {
+            name: dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
+            for name, flat in zip(KEY_NAMES, contents, strict=True)
+        }
+        return found, ttls
 
     def _check_queues(self, pool: dict[str, str], queues: dict[str, int]) -> None:
         """The index that is there only where the policy wants it, and its sums."""

@@ -30,6 +30,7 @@ from balancer.cli.table import duration, table
 from balancer.embedded import EmbeddedRedis, FoundServer, find_server
 from balancer.model import EngineState, EngineView, PoolSnapshot, RankView
 from balancer.scripts import load_script, script_names
+from balancer.settings import _VARIABLES
 
 NOBODY = "redis://127.0.0.1:1/0"
 SECRET = "open-sesame"
@@ -584,7 +585,15 @@ def test_the_help_names_every_verb_and_every_exit_code(capsys: pytest.CaptureFix
         assert verb_.examples[0] in out
     for code in Exit:
         assert re.search(rf"^  {code:<4} {re.escape(MEANINGS[code])}$", out, re.M)
-    assert "DP_BALANCER_PASSWORD_FILE" in out
+
+
+def test_the_help_names_every_variable_that_the_program_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    named = set(re.findall(r"DP_BALANCER_[A-Z_]+|NO_COLOR", capsys.readouterr().out))
+    rooms = [*Path("balancer").rglob("*.py"), *Path("scheduler_hooks").rglob("*.py")]
+    read = {name for room in rooms for name in re.findall(r"DP_BALANCER_[A-Z_]+[A-Z]", room.read_text())}
+    assert read <= named
+    assert {f"DP_BALANCER_{name.upper()}" for name in _VARIABLES} <= named
 
 
 @pytest.mark.parametrize("name", [verb_.name for verb_ in VERBS if not verb_.parses_itself])
@@ -676,6 +685,23 @@ def test_demo_hands_all_that_follows_to_its_own_room(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(room, "run", lambda arguments: seen.update(vars(arguments)) or 1)
     assert main(["demo", "--ranks", "4", "--quick"]) == 1
     assert (seen["ranks"], seen["quick"]) == (4, True)
+
+
+@pytest.mark.parametrize("verb_", ["demo --quick --requests 4", "replay --requests 4 --rounds 1 --warm-up 0"])
+@pytest.mark.parametrize("module", [False, True], ids=["balancer", "module"])
+def test_errors_of_demo_and_replay_end_as_every_verbs_do(
+    verb_: str, module: bool, own_server: tuple[EmbeddedRedis, redis.Redis]
+) -> None:
+    server, client = own_server
+    client.config_set("requirepass", SECRET)
+    name, *words = verb_.split()
+    program = [f"scheduler_hooks.{name}"] if module else ["balancer.cli", name]
+    command = [sys.executable, "-m", *program, *words, "--ranks", "2", "--form", "leader", "--url"]
+    denied = subprocess.run([*command, server.url], capture_output=True, text=True)
+    assert denied.returncode == Exit.DENIED, denied.stderr
+    assert denied.stderr.splitlines()[-1].startswith("balancer: ")
+    misused = subprocess.run([*command, server.url, "--ranks", "0"], capture_output=True, text=True)
+    assert (misused.returncode, misused.stderr) == (Exit.USAGE, "balancer: --ranks must be at least 1\n")
 
 
 def test_the_command_line_does_not_import_the_demo_or_torch() -> None:

@@ -41,7 +41,9 @@ from tests.either import Awaited
 Eventually = Callable[..., None]
 Make = Callable[..., Any]
 
-BUDGET_MS, PROBE_MS = 200, 300
+PATIENT_MS, PROBE_MS = 2_000, 300
+BUDGET_MS = 200
+"""Of stories that take Redis away, each of which waits for it; the others ask how a request goes, not how fast."""
 NEVER_MS = 60_000
 
 
@@ -51,7 +53,7 @@ def make(request: pytest.FixtureRequest, redis_server: EmbeddedRedis, client: re
     made = []
 
     def dispatcher(url: str = redis_server.url, **more: Any) -> Any:
-        settings = Settings(url=url, pool="p", **{"budget_ms": BUDGET_MS, "probe_ms": PROBE_MS, **more})
+        settings = Settings(url=url, pool="p", **{"budget_ms": PATIENT_MS, "probe_ms": PROBE_MS, **more})
         made.append(Dispatcher(settings) if request.param == "sync" else Awaited(AsyncDispatcher(settings)))
         return made[-1]
 
@@ -84,7 +86,7 @@ def test_without_redis_a_request_goes_to_the_least_loaded_rank_as_far_as_known(
     make: Make, settings: Settings, redis_server: EmbeddedRedis
 ) -> None:
     report(settings, 500, 0, 300)
-    dispatcher = make(probe_ms=NEVER_MS)
+    dispatcher = make(budget_ms=BUDGET_MS, probe_ms=NEVER_MS)
     assert dispatcher.dispatch("a", 100).rank == "e/1"
     with frozen(redis_server):
         fallen_back = [dispatcher.dispatch(f"r{number}", 100) for number in range(5)]
@@ -98,7 +100,7 @@ def test_an_outage_costs_one_budget_and_not_one_per_request(
     make: Make, settings: Settings, redis_server: EmbeddedRedis
 ) -> None:
     report(settings, 0, 0)
-    dispatcher = make(probe_ms=NEVER_MS)
+    dispatcher = make(budget_ms=BUDGET_MS, probe_ms=NEVER_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         began = time.monotonic()
@@ -114,7 +116,7 @@ def test_nothing_needs_repair_when_redis_is_back(
     make: Make, settings: Settings, redis_server: EmbeddedRedis, admin: PoolAdmin, eventually: Eventually
 ) -> None:
     report(settings, 0, 0)
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         dispatcher.dispatch("b", 1)
@@ -128,7 +130,7 @@ def test_nothing_needs_repair_when_redis_is_back(
 def test_a_dispatcher_that_never_saw_a_rank_says_that_redis_is_unreachable(
     make: Make, redis_server: EmbeddedRedis
 ) -> None:
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     with frozen(redis_server):
         for _ in range(2):
             with pytest.raises(NoRank, match="has not yet seen any rank") as none:
@@ -144,7 +146,7 @@ def test_an_outage_and_its_end_are_each_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     report(settings, 0)
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     with caplog.at_level(logging.INFO, "balancer"):
         dispatcher.dispatch("a", 1)
         with frozen(redis_server):
@@ -162,7 +164,7 @@ def test_a_release_without_redis_raises_nothing_and_leaves_the_end_to_the_lease(
     make: Make, settings: Settings, redis_server: EmbeddedRedis
 ) -> None:
     report(settings, 0)
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         assert dispatcher.release("a") == 0
@@ -183,7 +185,7 @@ def test_a_redis_that_answers_is_not_away_even_if_it_refuses(
     make: Make, settings: Settings, redis_server: EmbeddedRedis, client: redis.Redis, eventually: Eventually
 ) -> None:
     report(settings, 0)
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         dispatcher.dispatch("b", 1)
@@ -227,7 +229,7 @@ def test_a_failed_send_stays_the_error_though_redis_is_away(
     make: Make, settings: Settings, redis_server: EmbeddedRedis
 ) -> None:
     report(settings, 0)
-    dispatcher = make()
+    dispatcher = make(budget_ms=BUDGET_MS)
     with pytest.raises(ConnectionResetError), dispatcher.booking("a", 10), frozen(redis_server):
         raise ConnectionResetError
 
@@ -384,7 +386,7 @@ def test_a_dispatcher_whose_first_dispatch_failed_can_fall_back_after_its_second
     make: Make, settings: Settings, redis_server: EmbeddedRedis, eventually: Eventually
 ) -> None:
     report(settings, 0)
-    dispatcher = make(probe_ms=1)
+    dispatcher = make(budget_ms=BUDGET_MS, probe_ms=1)
     with frozen(redis_server), pytest.raises(NoRank):
         dispatcher.dispatch("a", 1)
     eventually(lambda: _places(dispatcher), "Redis places again")
@@ -437,7 +439,7 @@ def test_a_dispatch_that_names_ranks_gets_one_of_them_with_redis_and_without(
     make: Make, settings: Settings, redis_server: EmbeddedRedis
 ) -> None:
     report(settings, 0, 0, 0, 0)
-    dispatcher = make(probe_ms=NEVER_MS)
+    dispatcher = make(budget_ms=BUDGET_MS, probe_ms=NEVER_MS)
     named = ["e/1", "e/3"]
     assert {dispatcher.dispatch(f"r{number}", 1, named).rank for number in range(6)} == set(named)
     with frozen(redis_server):
@@ -448,7 +450,7 @@ def test_a_dispatch_that_names_ranks_gets_one_of_them_with_redis_and_without(
 def test_named_ranks_that_are_not_there_are_answered_with_the_reason(make: Make, join: Callable[..., Reporter]) -> None:
     join("e", 1)
     with pytest.raises(NoRank) as caught:
-        make(budget_ms=2_000).dispatch("r", 1, ["stranger/0"])
+        make().dispatch("r", 1, ["stranger/0"])
     assert caught.value.reason is NoRankReason.NOBODY_JOINED
 
 
@@ -460,9 +462,9 @@ def test_ranks_that_are_none_are_refused(make: Make, named: Any) -> None:
 
 def test_a_dispatcher_told_to_try_once_tries_once(make: Make, settings: Settings, redis_server: EmbeddedRedis) -> None:
     report(settings, 0)
-    dispatcher = make(tries=1, budget_ms=400, probe_ms=NEVER_MS)
+    dispatcher = make(tries=1, budget_ms=1_000, probe_ms=NEVER_MS)
     dispatcher.dispatch("a", 1)
     with frozen(redis_server):
         began = time.monotonic()
         assert dispatcher.dispatch("b", 1).outcome is Outcome.FALLBACK
-        assert 0.35 <= time.monotonic() - began < 0.75  # a silent server costs the whole budget, and no second one
+        assert 0.9 <= time.monotonic() - began < 1.9  # a silent server costs the whole budget, and no second one

@@ -1,8 +1,11 @@
-"""The house rules: who may import whom, how long a room may grow, what it may not be called."""
+"""The house rules: who may import whom, how long a room may grow, what it may not be called, what CI may leave out."""
 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -28,6 +31,18 @@ ONE_DOOR = {
     "sglang": {f"scheduler_hooks.sglang.{room}" for room in ("counting", "register", "shim", "targets")},
     "vllm": {"scheduler_hooks.vllm.attach"},
 }
+OFFERED = {"balancer.marker", "balancer.model"}
+"""What the engine's side may use beside the public names of `balancer`: marks in ids, checks and limits of values."""
+OFFERED_TO = {
+    "scheduler_hooks.demo": {"balancer.cli", "balancer.embedded", "balancer.settings", "balancer.workload"},
+    "scheduler_hooks.replay": {
+        "balancer.cli",
+        "balancer.workload",
+        "balancer.simulator",
+        *(f"balancer.simulator.{room}" for room in ("engine", "recorder", "report", "report_html", "stream")),
+    },
+}
+"""And its two programs: a Redis of their own, made-up traffic, the simulator beside."""
 
 
 def imported_by(module: str, top_level_only: bool = False) -> set[str]:
@@ -67,6 +82,22 @@ def test_the_core_imports_no_sub_package_and_no_hook() -> None:
         assert not strangers, f"{name} imports {strangers}"
 
 
+def test_the_hooks_use_of_the_library_what_is_offered_to_them() -> None:
+    for name in MODULES:
+        if name.startswith("scheduler_hooks"):
+            room = ".".join(name.split(".")[:2])
+            strangers = {used for used in imported_by(name) if used.split(".")[0] == "balancer"} - {"balancer"}
+            strangers -= OFFERED | OFFERED_TO.get(room, set())
+            assert not strangers, f"{name} imports {strangers}"
+
+
+def test_the_library_imports_no_hook() -> None:
+    for name in MODULES:
+        if name.startswith("balancer"):
+            hooks = {used for used in imported_by(name) if used.split(".")[0] == "scheduler_hooks"}
+            assert not hooks, f"{name} imports {hooks}"
+
+
 @EVERY
 def test_a_module_is_short_and_says_what_it_is_for(module: str) -> None:
     text = MODULES[module].read_text()
@@ -94,3 +125,28 @@ def test_init_modules_are_tables_of_contents() -> None:
             found = {type(node).__name__ for node in body} - {"Expr", "ImportFrom", "Import", "Assign", "FunctionDef"}
             assert not found, f"{name} holds {found}"
             assert sum(isinstance(node, ast.FunctionDef) for node in body) <= 1, name
+
+
+LEFT_OUT = {
+    "by a test": "import pytest\ndef test_it(): pytest.skip('no trace')",
+    "by a mark": "import pytest\n@pytest.mark.skipif(True, reason='no trace')\ndef test_it(): pass",
+    "as a file": "import pytest\npytest.skip('no trace', allow_module_level=True)",
+}
+
+
+@pytest.mark.parametrize("how", LEFT_OUT)
+def test_what_is_left_out_fails_in_ci_and_nowhere_else(how: str, tmp_path: Path) -> None:
+    (tmp_path / "test_left_out.py").write_text(LEFT_OUT[how])
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "pyproject.toml", str(tmp_path)]
+
+    def run(ci: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"CI": ci}, capture_output=True, text=True, check=False
+        )
+
+    in_ci, elsewhere = run("true"), run("")
+    assert in_ci.returncode not in (0, 5), in_ci.stdout
+    assert "left out, which in CI is a failure: " in in_ci.stdout
+    assert "no trace" in in_ci.stdout
+    assert elsewhere.returncode in (0, 5), elsewhere.stdout  # 5: a file that was left out whole held no test
+    assert "1 skipped" in elsewhere.stdout

@@ -18,7 +18,7 @@ from tests.clock import CLOCK_KEY, script_with_test_clock
 from tests.property.program import POOL, Program, told
 from tests.property.wire import Wire
 
-pytest.importorskip("lupa", reason="the simulator's embedded Lua is an extra: pip install 'dp-balancer[simulator]'")
+pytest.importorskip("lupa", reason="the simulator's embedded Lua is an extra: pip install '.[simulator]'")
 
 from balancer.simulator.lua_redis import LuaRedis
 from balancer.simulator.sorted_set import SortedSet

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from balancer.names import Names
+from tests.crowd import crowd
 
 
 class SlowResolver:
@@ -61,7 +62,7 @@ def test_whoever_asks_waits_no_longer_than_its_limit_and_all_share_one_look_up(
         began_s = time.monotonic()
         with pytest.raises(TimeoutError):
             names.addresses("far", 0.02)
-        assert time.monotonic() - began_s < 1.0
+        assert time.monotonic() - began_s < crowd()
     assert slow.asked == 1
     slow.may_answer.set()
     eventually(lambda: names.addresses("far", 1.0) == ["address of far"], "the name has an address")

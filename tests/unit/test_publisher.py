@@ -32,6 +32,7 @@ from balancer.embedded import EmbeddedRedis
 from balancer.store import Store
 from scheduler_hooks import Publisher
 from scheduler_hooks.mailbox import Mailbox
+from tests.crowd import crowd
 
 Eventually = Callable[[Callable[[], object], str], None]
 
@@ -325,7 +326,7 @@ def test_closing_does_not_wait_for_an_absent_redis(
             publisher.hand_over(1, [(1, 1)])
             start = time.monotonic()
             publisher.close(timeout_s=0.2)
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < crowd()
 
 
 def test_a_forked_copy_neither_reports_nor_leaves(settings: Settings, look: Look, eventually: Eventually) -> None:
@@ -396,4 +397,4 @@ def test_handing_over_costs_under_1_percent_of_a_20_ms_step(
             if state == "paused":
                 os.kill(own_server.pid, signal.SIGCONT)
         print(f"{state}: p99 {best_s * 1e6:.0f} us")
-        assert best_s < 0.01 * STEP_S
+        assert best_s < 0.01 * STEP_S * crowd()

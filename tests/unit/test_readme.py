@@ -28,7 +28,6 @@ def block(mark: str) -> str:
 def run_example(settings: Settings) -> str:
     assert settings.url
     environment = {**os.environ, "DP_BALANCER_URL": settings.url, "DP_BALANCER_BUDGET_MS": "2000"}
-    environment["DP_BALANCER_NAME"] = "gateway-7"
     done = subprocess.run(
         [sys.executable, "-c", block("example: python")], env=environment, capture_output=True, text=True, check=True
     )

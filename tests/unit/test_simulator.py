@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from balancer.cli import main
 from balancer.errors import InvalidInput
 from balancer.scripts import policy_names
 from balancer.simulator import (
@@ -28,7 +29,6 @@ from balancer.simulator import (
     simulate,
     summary,
 )
-from balancer.simulator.__main__ import main
 from balancer.simulator.baselines import Seed, SglangTotalTokens, VllmScore
 from balancer.simulator.engine import Engine, Progress
 from balancer.simulator.experiment import Estimate
@@ -246,7 +246,7 @@ def test_regret_is_what_a_placement_adds_to_the_next_step_beyond_the_best() -> N
 @pytest.mark.parametrize("policy", policy_names())
 @pytest.mark.parametrize("changes", [{}, {"engines": 2, "ranks": 6, "report_age_s": 0.1, "list_size": 8}])
 def test_the_shipped_lua_and_its_twin_decide_alike(policy: str, changes: dict[str, float]) -> None:
-    pytest.importorskip("lupa", reason="the embedded Lua is an extra: pip install 'dp-balancer[simulator]'")
+    pytest.importorskip("lupa", reason="the embedded Lua is an extra: pip install '.[simulator]'")
     assert policy in TWINS, f"lua/policies/{policy}.lua has no twin in balancer/simulator/policies.py yet"
     scenario = Scenario(**{"ranks": 12, **changes})  # type: ignore[arg-type]
     stream = chat(400, 5, scenario)
@@ -447,7 +447,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_page_that_needs_no_oth
 ) -> None:
     options = "--requests 300 --ranks 4 --seeds 2 --per-rank 10 --balancers minimum_tokens,envelope,vllm"
     files = ["--json", str(tmp_path / "out" / "result.json"), "--html", str(tmp_path / "page.html")]
-    assert main([*options.split(), "--slo-tpot-p99-ms", "25", *files]) == 0
+    assert main(["simulate", *options.split(), "--slo-tpot-p99-ms", "25", *files]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("generated chat, ")
     assert [line.split()[0] for line in shown[-3:]] == ["minimum_tokens", "envelope", "vllm"]
@@ -476,7 +476,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_page_that_needs_no_oth
 def test_the_command_says_what_cannot_be_simulated(
     options: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--requests", "10", *options.split()]) == 2
+    assert main(["simulate", "--requests", "10", *options.split()]) == 2
     assert complaint in capsys.readouterr().err
 
 

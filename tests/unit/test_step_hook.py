@@ -35,6 +35,9 @@ class Outbox:
     def hand_over(self, step: int, counts: Sequence[Counts], received: Sequence[int] = ()) -> None:
         self.reports.append((step, list(counts), list(received)))
 
+    def still_here(self, patience_s: float) -> None:
+        pass
+
     def silence(self) -> None:
         self.silenced = True
 

@@ -18,13 +18,14 @@ from balancer import InvalidInput, RankCounts, Request, Settings, StoreDenied, S
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation, Report
 from balancer.store import AsyncStore, Store
+from tests.crowd import crowd
 from tests.either import Awaited
 
 BUDGET_MS = 400
 PATIENT_MS = 10_000
 """Where the budget is not what the story is about."""
 SLACK_S = 0.3
-"""What two crowded cores may add."""
+"""What two cores with ordinary company may add."""
 
 MakeStore = Callable[..., Any]
 JOIN = protocol.join("p", Incarnation("e", 2, "nonce"))
@@ -81,7 +82,7 @@ def test_a_silent_redis_costs_one_budget(store: MakeStore, server: EmbeddedRedis
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match=f"no answer from Redis at .* within {BUDGET_MS} ms"):
             subject.run(JOIN)
-        assert BUDGET_MS / 1000 * 0.5 < time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S
+        assert BUDGET_MS / 1000 * 0.5 < time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S * crowd()
 
 
 def test_a_silent_redis_that_was_never_reached_costs_one_budget_too(store: MakeStore, server: EmbeddedRedis) -> None:
@@ -89,7 +90,7 @@ def test_a_silent_redis_that_was_never_reached_costs_one_budget_too(store: MakeS
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             store().run(JOIN)
-        assert time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S
+        assert time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S * crowd()
 
 
 def test_a_dead_redis_is_tried_until_the_budget_is_spent_and_no_longer(store: MakeStore, server: EmbeddedRedis) -> None:
@@ -99,7 +100,7 @@ def test_a_dead_redis_is_tried_until_the_budget_is_spent_and_no_longer(store: Ma
     began = time.monotonic()
     with pytest.raises(StoreUnavailable, match="is not available"):
         subject.run(JOIN)
-    assert BUDGET_MS / 1000 * 0.5 < time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S
+    assert BUDGET_MS / 1000 * 0.5 < time.monotonic() - began < BUDGET_MS / 1000 + SLACK_S * crowd()
 
 
 def test_a_redis_that_restarts_within_the_budget_goes_unnoticed(store: MakeStore, server: EmbeddedRedis) -> None:

@@ -1,4 +1,7 @@
-"""Real engines. Where one is missing these tests fail and say what to install: nothing here is skipped."""
+"""Real engines. Where one is missing these tests fail and say what to install: nothing here is skipped.
+
+`make test-sglang` runs all but test_pd, which needs more than the kit has: `make test-sglang-pd`.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Prefill and decode on servers of their own, with real KV transfer between them: a pool each, both counts right.
 
-The transfer is Mooncake's, over TCP, which needs no GPU. It is not in the kit, so these tests run where DPB_MOONCAKE
-names a folder with it, and are left out elsewhere:
+The transfer is Mooncake's, over TCP, which needs no GPU. It is not in the kit, so `make test-sglang` leaves this file
+to a verb of its own, which fails where DPB_MOONCAKE names no folder with it:
 
     pip install --no-deps --target FOLDER mooncake-transfer-engine-non-cuda    # needs the system's libibverbs1
-    DPB_MOONCAKE=FOLDER pytest tests/engines/sglang/test_pd.py
+    make test-sglang-pd DPB_MOONCAKE=FOLDER
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from tests.engines.sglang.test_live import PORT, agrees, is_at_rest, requests_he
 Eventually = Callable[..., float]
 
 MOONCAKE = os.environ.get("DPB_MOONCAKE", "")
-pytestmark = pytest.mark.skipif(not MOONCAKE, reason="DPB_MOONCAKE names no folder with Mooncake's transfer engine")
 
 BOOTSTRAP_PORT = PORT + 80
 ATTENTION = ("--tp", "2", "--dp", "2", "--enable-dp-attention")
@@ -77,9 +76,14 @@ class Pair:
             return one.result(), other.result()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_is_here() -> None:
+    assert MOONCAKE, "DPB_MOONCAKE names no folder with Mooncake's transfer engine"
+    assert not what_is_missing(), what_is_missing()
+
+
 @pytest.fixture(scope="module")
 def pair(redis_process: EmbeddedRedis) -> Iterator[Pair]:
-    assert not what_is_missing(), what_is_missing()
     prefill = server("prefill", PORT, redis_process, "--load-balance-method", "total_tokens")
     # What a decode server does by default needs a GPU: a pinned buffer for retracted requests, an all-to-all of logits.
     without_gpu = ("--disaggregation-decode-retraction-backup", "cpu_tensor", "--no-enable-tp-lm-head-all-to-all")
@@ -103,7 +107,6 @@ def pools(pair: Pair, redis_process: EmbeddedRedis) -> Iterator[dict[str, Dispat
 
 def test_following_the_bootstrap_room_is_refused_with_the_flag_to_set(redis_process: EmbeddedRedis) -> None:
     """What `auto` means on prefill: there the room ties the request to a rank, and another one fails it."""
-    assert not what_is_missing(), what_is_missing()
     with server("prefill", PORT, redis_process) as alone:
         (line,) = alone.said("does not place the requests of this server")
         assert "follow_bootstrap_room" in line
