@@ -52,6 +52,7 @@ _NOT_NOW = (
 )
 _NOT_NOW_WORDS = ("READONLY", "OOM ", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY ")
 """What a script meets inside, and what the driver knows no class for."""
+_DEMOTED, _DEMOTED_WORDS = (driver.ReadOnlyError, driver.MasterDownError), ("READONLY", "MASTERDOWN")
 _NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "attempt to")
 _TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
 
@@ -183,7 +184,7 @@ def sync_clients(settings: Settings) -> Clients[BlockingClient]:
     """Clients that block; shared between threads, and across fork."""
 
     def made_of(kind: Any, **options: Any) -> BlockingClient:
-        return BlockingClient(lambda: kind(**options), driver.ResponseError)
+        return BlockingClient(lambda: kind(**options), driver.ResponseError, _is_demotion)
 
     kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
     return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)
@@ -202,7 +203,12 @@ def async_clients(settings: Settings) -> Clients[PipelinedClient]:
 async def _opened(link: Any) -> Opened:
     """Open a connection of the driver's and take its socket; the driver keeps no hand in it but for its end."""
     await link.connect()
-    return Opened(link._writer.transport, link._parser.parse_error, link.disconnect)
+    return Opened(link._writer.transport, link._parser.parse_error, _is_demotion, link.disconnect)
+
+
+def _is_demotion(reply: Exception) -> bool:
+    """Whether a node says that it is no primary. Its name may lead to the new one by now, but only new connections."""
+    return isinstance(reply, _DEMOTED) or any(word in str(reply) for word in _DEMOTED_WORDS)
 
 
 def no_answer(settings: Settings) -> str:

@@ -21,10 +21,12 @@ _NOTHING_YET = object()
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A connection that has been opened: its socket, how its error replies become exceptions, how it is ended."""
+    """A connection that has been opened: its socket, how its error replies become exceptions, which of these mean that
+    the node is not to be asked again, how it is ended."""
 
     transport: asyncio.Transport
     error: Callable[[str], Exception]
+    is_farewell: Callable[[Exception], bool]
     close: Callable[[], Awaitable[None]]
 
 
@@ -65,6 +67,9 @@ class Pipeline(asyncio.Protocol):
                     continue
                 if isinstance(reply, Exception):
                     answer.set_exception(reply)
+                    if self.opened.is_farewell(reply):
+                        self.give_up(ConnectionError("the node is no primary any more"))
+                        break
                 else:
                     answer.set_result(reply)
         except (hiredis.ProtocolError, IndexError):  # no reply, or one that nobody has asked for

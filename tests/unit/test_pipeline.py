@@ -58,7 +58,7 @@ async def client(node: Node) -> AsyncIterator[PipelinedClient]:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-        return Opened(writer.transport, RuntimeError, close)
+        return Opened(writer.transport, RuntimeError, lambda reply: "READONLY" in str(reply), close)
 
     writers: list[asyncio.StreamWriter] = []
     client = PipelinedClient(opened, PATIENCE_S)
