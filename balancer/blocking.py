@@ -1,65 +1,155 @@
-"""Connections to a node for threads: one of the driver's for each command under way, kept for the next.
+"""Connections to a node for threads: one for each command under way, kept for the next.
 
-The driver's own client takes as long again around a command, most of it with the interpreter's lock held, for which an
+The driver opens a connection (names, TLS, password, database) and hands its socket over; hiredis packs and parses. The
+driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
+
+To open one takes as many round trips as there is to say, which may be more than a caller has time for, and cannot be
+interrupted as a whole. So each is opened by a thread of its own, and whoever asks waits as long as it can afford; what
+it gave up waiting for is there for the next.
 """
 
 from __future__ import annotations
 
 import os
+import select
+import socket
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
+
+import hiredis
+
+_NOTHING_YET = object()
+_MOST_AT_ONCE = 65_536
+"""Bytes that are read at once."""
+
+
+class Line:
+    """An open connection; one thread uses it at a time. `error` makes an exception of an error reply."""
+
+    def __init__(self, opened: socket.socket, error: Callable[[str], Exception], close: Callable[[], None]) -> None:
+        self.close = close
+        self._socket = opened
+        self._limit_s = opened.gettimeout() or 0.0
+        self._reader = hiredis.Reader(replyError=error, notEnoughData=_NOTHING_YET)
+        self._news = select.poll()
+        self._news.register(opened, select.POLLIN)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come that nobody has asked for: the end above all."""
+        return not self._reader.has_data() and not self._news.poll(0)
+
+    def ask(self, words: tuple[str | int, ...], until_s: float) -> Any:
+        """Send a command; returns its reply, which may be an exception. Raises OSError where none comes by then."""
+        self._wait_until(until_s)
+        self._socket.sendall(hiredis.pack_command(words))  # type: ignore[arg-type]  # its stub says: of one word
+        try:
+            while (reply := self._reader.gets()) is _NOTHING_YET:
+                self._wait_until(until_s)
+                if not (data := self._socket.recv(_MOST_AT_ONCE)):
+                    raise ConnectionError("Connection closed by server.")
+                self._reader.feed(data)
+        except hiredis.ProtocolError:
+            raise ConnectionError("the answer is not Redis'") from None
+        return reply
+
+    def _wait_until(self, until_s: float) -> None:
+        """The socket waits for what is left; where that is about as much as before it need not be told."""
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no time is left")
+        if abs(left_s - self._limit_s) > self._limit_s / 16:
+            self._socket.settimeout(left_s)
+            self._limit_s = left_s
 
 
 class BlockingClient:
     """The client of one node. Shared between threads, and across fork: a child opens its own connections.
 
-    `new` makes a connection of the driver's, not yet connected; `error_reply` is what one raises where the node answers
-    with an error, and `is_farewell` says which of these mean that the node is not to be asked again.
+    `is_farewell` says which error replies mean that the node is not to be asked again.
     """
 
-    def __init__(
-        self, new: Callable[[], Any], error_reply: type[Exception], is_farewell: Callable[[Exception], bool]
-    ) -> None:
-        self._new, self._error_reply, self._is_farewell = new, error_reply, is_farewell
-        self._idle: list[Any] = []
+    def __init__(self, open_: Callable[[], Line], is_farewell: Callable[[Exception], bool]) -> None:
+        self._open, self._is_farewell = open_, is_farewell
+        self._idle: list[Line] = []
+        self._late: list[Future[Line]] = []  # being opened, and nobody waits for them
         self._pid = os.getpid()
 
-    def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; raises the node's errors, and the driver's where there is no answer."""
-        link = self._taken()
+    def execute_command(self, *words: str | int, until_s: float) -> Any:
+        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes.
+
+        `until_s` is a time of the monotonic clock.
+        """
+        line = self._taken(until_s)
         is_kept = False
         try:
-            link.send_command(*words, check_health=False)
-            reply = link.read_response()
-            is_kept = True
-        except self._error_reply as error:
-            is_kept = not self._is_farewell(error)
-            raise
+            reply = line.ask(words, until_s)
+            is_kept = not (isinstance(reply, Exception) and self._is_farewell(reply))
         finally:
             if is_kept:
-                self._idle.append(link)
+                self._idle.append(line)
             else:  # what may still come on it is nobody's reply, and the idle ones lead where it led
-                link.disconnect()
-                self.close()
+                line.close()
+                self._drop_idle()
+        if isinstance(reply, Exception):
+            raise reply
         return reply
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
+        self._drop_idle()
+        with suppress(IndexError):
+            while True:
+                self._late.pop().add_done_callback(_close)
+
+    def _drop_idle(self) -> None:
         with suppress(IndexError):  # none is left, for others take them too
             while True:
-                self._idle.pop().disconnect()
+                self._idle.pop().close()
 
-    def _taken(self) -> Any:
+    def _taken(self, until_s: float) -> Line:
         if self._pid != os.getpid():
-            self._idle, self._pid = [], os.getpid()
+            self._idle, self._late, self._pid = [], [], os.getpid()
         with suppress(IndexError):  # none is idle
-            link = self._idle.pop()
-            with suppress(Exception):  # as good as closed
-                if not link.can_read():
-                    return link
-            link.disconnect()  # the node has closed it, or says what nobody has asked for
-        link = self._new()
-        link.connect()
-        return link
+            while not (line := self._idle.pop()).is_quiet():
+                line.close()
+            return line
+        opening = self._opening()
+        try:
+            return opening.result(until_s - time.monotonic())
+        except TimeoutError:
+            if _is_promising(opening):
+                self._late.append(opening)
+            raise
+
+    def _opening(self) -> Future[Line]:
+        with suppress(IndexError):  # none is late
+            while not _is_promising(late := self._late.pop()):
+                pass
+            return late
+        opening: Future[Line] = Future()
+        try:
+            threading.Thread(target=self._begin, args=(opening,), name="dp-balancer connects", daemon=True).start()
+        except RuntimeError:  # no thread to be had: too many, or the interpreter ends
+            self._begin(opening)
+        return opening
+
+    def _begin(self, opening: Future[Line]) -> None:
+        try:
+            opening.set_result(self._open())
+        except Exception as error:
+            opening.set_exception(error)
+
+
+def _is_promising(opening: Future[Line]) -> bool:
+    """Whether it is under way, or has led to a connection that is still good."""
+    return not opening.done() or (opening.exception() is None and opening.result().is_quiet())
+
+
+def _close(opening: Future[Line]) -> None:
+    if opening.exception() is None:
+        opening.result().close()

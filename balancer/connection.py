@@ -11,7 +11,7 @@ import ssl
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import redis
 import redis.asyncio
@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
-from balancer.blocking import BlockingClient
+from balancer.blocking import BlockingClient, Line
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.names import Names
 from balancer.pipeline import Opened, PipelinedClient
@@ -60,14 +60,6 @@ _TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
 _AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER: a connection that is given up takes what it has not delivered with it. Otherwise the system goes on
 sending it for minutes, and a dispatch that nobody waits for would book when the network is back."""
-
-
-class Client(Protocol):
-    """What we use of the driver's clients."""
-
-    def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; to be awaited where the client is an asyncio one."""
-        ...
 
 
 _names = Names()
@@ -184,7 +176,7 @@ def sync_clients(settings: Settings) -> Clients[BlockingClient]:
     """Clients that block; shared between threads, and across fork."""
 
     def made_of(kind: Any, **options: Any) -> BlockingClient:
-        return BlockingClient(lambda: kind(**options), driver.ResponseError, _is_demotion)
+        return BlockingClient(lambda: _line(kind(**options)), _is_demotion)
 
     kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
     return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)
@@ -200,8 +192,14 @@ def async_clients(settings: Settings) -> Clients[PipelinedClient]:
     return Clients(settings, AsyncRetry(NoBackoff(), 0), kinds, made_of)
 
 
-async def _opened(link: Any) -> Opened:
+def _line(link: Any) -> Line:
     """Open a connection of the driver's and take its socket; the driver keeps no hand in it but for its end."""
+    link.connect()
+    return Line(link._sock, link._parser.parse_error, link.disconnect)
+
+
+async def _opened(link: Any) -> Opened:
+    """As `_line`, with an `await`."""
     await link.connect()
     return Opened(link._writer.transport, link._parser.parse_error, _is_demotion, link.disconnect)
 
@@ -264,6 +262,7 @@ def _tls_context(address: Address) -> ssl.SSLContext:
 
 def _is_tls_refusal(error: Exception) -> bool:
     """Whether TLS itself said no (a certificate, an authority, no TLS at all): not that it broke off or was slow."""
-    if isinstance(error.__cause__ or error.__context__, _TLS_BREAKS):
+    said = error if isinstance(error, ssl.SSLError) else error.__cause__ or error.__context__
+    if isinstance(said, _TLS_BREAKS):
         return False
-    return isinstance(error.__cause__ or error.__context__, ssl.SSLError) or "[SSL: " in str(error)
+    return isinstance(said, ssl.SSLError) or "[SSL: " in str(error)

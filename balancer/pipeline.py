@@ -9,6 +9,7 @@ the connection: whoever wants may ask again on a new one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -123,10 +124,17 @@ class PipelinedClient:
         """The connection, where it is open."""
         return None if self._line is None or self._line.is_lost else self._line
 
-    async def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; raises what opening raises, the node's errors, or OSError."""
-        line = self.line or await self._opened()
-        return await line.ask(*words)
+    async def execute_command(self, *words: str | int, until_s: float) -> Any:
+        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes.
+
+        `until_s` is a time of the monotonic clock.
+        """
+        left_s = until_s - time.monotonic()
+        if self._line is not None and not self._line.is_lost and left_s > self._patience_s * 15 / 16:
+            return await self._line.ask(*words)  # its own patience ends the wait
+        async with asyncio.timeout(left_s):
+            line = self.line or await self._opened()
+            return await line.ask(*words)
 
     async def aclose(self) -> None:
         """Close the connection."""
