@@ -4,13 +4,13 @@ The driver opens a connection (names, TLS, password, database) and hands its soc
 driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
 
-To open one takes as many round trips as there is to say, which may be more than a caller has time for, and cannot be
-interrupted as a whole. So each is opened by a thread of its own, and whoever asks waits as long as it can afford; what
-it gave up waiting for is there for the next.
+To open one takes as many round trips as there is to say, which may always be more than a caller has time for. Where it
+was, a thread of its own opens one for the next who asks.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket
@@ -70,20 +70,18 @@ class Line:
 class BlockingClient:
     """The client of one node. Shared between threads, and across fork: a child opens its own connections.
 
-    `is_farewell` says which error replies mean that the node is not to be asked again.
+    `open_` opens a connection, by the given time or not at all; `is_farewell` says which error replies mean that the
+    node is not to be asked again. Times are of the monotonic clock.
     """
 
-    def __init__(self, open_: Callable[[], Line], is_farewell: Callable[[Exception], bool]) -> None:
+    def __init__(self, open_: Callable[[float], Line], is_farewell: Callable[[Exception], bool]) -> None:
         self._open, self._is_farewell = open_, is_farewell
         self._idle: list[Line] = []
-        self._late: list[Future[Line]] = []  # being opened, and nobody waits for them
+        self._late: list[Future[Line]] = []  # opened beside, and nobody waits for them
         self._pid = os.getpid()
 
     def execute_command(self, *words: str | int, until_s: float) -> Any:
-        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes.
-
-        `until_s` is a time of the monotonic clock.
-        """
+        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes."""
         line = self._taken(until_s)
         is_kept = False
         try:
@@ -118,31 +116,37 @@ class BlockingClient:
             while not (line := self._idle.pop()).is_quiet():
                 line.close()
             return line
-        opening = self._opening()
-        try:
-            return opening.result(until_s - time.monotonic())
-        except TimeoutError:
-            if _is_promising(opening):
-                self._late.append(opening)
-            raise
-
-    def _opening(self) -> Future[Line]:
         with suppress(IndexError):  # none is late
             while not _is_promising(late := self._late.pop()):
                 pass
-            return late
-        opening: Future[Line] = Future()
+            return self._awaited(late, until_s)
         try:
-            threading.Thread(target=self._begin, args=(opening,), name="dp-balancer connects", daemon=True).start()
-        except RuntimeError:  # no thread to be had: too many, or the interpreter ends
-            self._begin(opening)
-        return opening
+            return self._open(until_s)
+        except Exception:
+            if time.monotonic() >= until_s:
+                self._open_beside()
+            raise
 
-    def _begin(self, opening: Future[Line]) -> None:
+    def _awaited(self, late: Future[Line], until_s: float) -> Line:
         try:
-            opening.set_result(self._open())
-        except Exception as error:
-            opening.set_exception(error)
+            return late.result(until_s - time.monotonic())
+        except TimeoutError:
+            if _is_promising(late):
+                self._late.append(late)
+            raise
+
+    def _open_beside(self) -> None:
+        late: Future[Line] = Future()
+
+        def begin() -> None:
+            try:
+                late.set_result(self._open(math.inf))
+            except Exception as error:
+                late.set_exception(error)
+
+        with suppress(RuntimeError):  # no thread to be had: too many, or the interpreter ends
+            threading.Thread(target=begin, name="dp-balancer connects", daemon=True).start()
+            self._late.append(late)
 
 
 def _is_promising(opening: Future[Line]) -> bool:

@@ -118,6 +118,7 @@ class PipelinedClient:
         self._open, self._patience_s = open_, patience_s
         self._line: Pipeline | None = None
         self._opening: asyncio.Task[Pipeline] | None = None
+        self._is_closed = False
 
     @property
     def line(self) -> Pipeline | None:
@@ -137,7 +138,8 @@ class PipelinedClient:
             return await line.ask(*words)
 
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Close the connection for good: who is asking now, or asks later, gets an error and opens no other."""
+        self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait((self._opening,))
@@ -148,6 +150,8 @@ class PipelinedClient:
 
     async def _opened(self) -> Pipeline:
         """One opens for all; whoever gives up waiting takes it from nobody."""
+        if self._is_closed:
+            raise ConnectionError("closed by ourselves")
         if self._opening is None:
             self._opening = asyncio.create_task(self._begin())
             self._opening.add_done_callback(self._is_open)

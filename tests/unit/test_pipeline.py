@@ -164,6 +164,22 @@ async def test_what_is_asked_of_a_connection_that_was_given_up_fails_at_once(
         await asyncio.wait_for(line.ask("GET"), PATIENCE_S / 2)
 
 
+async def test_a_client_that_is_closed_opens_no_connection_for_those_who_ask_again(
+    node: Node, client: PipelinedClient
+) -> None:
+    """As the store does for whoever was waiting for a reply."""
+    node.answer = lambda number, writer: None
+    waiting = asyncio.ensure_future(ask(client, "GET"))
+    while not node.commands:
+        await asyncio.sleep(0.001)
+    await client.aclose()
+    with pytest.raises(ConnectionError):
+        await waiting
+    with pytest.raises(ConnectionError, match="closed by ourselves"):
+        await ask(client, "GET")
+    assert node.connections == 1
+
+
 @pytest.mark.parametrize("words", [b"!nonsense\r\n", b"+OK\r\n+OK\r\n"])
 async def test_what_is_no_reply_or_one_too_many_ends_the_connection(
     node: Node, client: PipelinedClient, words: bytes
