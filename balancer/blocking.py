@@ -1,61 +1,159 @@
-"""Connections to a node for threads: one of the driver's for each command under way, kept for the next.
+"""Connections to a node for threads: one for each command under way, kept for the next.
 
-The driver's own client takes as long again around a command, most of it with the interpreter's lock held, for which an
+The driver opens a connection (names, TLS, password, database) and hands its socket over; hiredis packs and parses. The
+driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
+
+To open one takes as many round trips as there is to say, which may always be more than a caller has time for. Where it
+was, a thread of its own opens one for the next who asks.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import select
+import socket
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
+
+import hiredis
+
+_NOTHING_YET = object()
+_MOST_AT_ONCE = 65_536
+"""Bytes that are read at once."""
+
+
+class Line:
+    """An open connection; one thread uses it at a time. `error` makes an exception of an error reply."""
+
+    def __init__(self, opened: socket.socket, error: Callable[[str], Exception], close: Callable[[], None]) -> None:
+        self.close = close
+        self._socket = opened
+        self._limit_s = opened.gettimeout() or 0.0
+        self._reader = hiredis.Reader(replyError=error, notEnoughData=_NOTHING_YET)
+        self._news = select.poll()
+        self._news.register(opened, select.POLLIN)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come that nobody has asked for: the end above all."""
+        return not self._reader.has_data() and not self._news.poll(0)
+
+    def ask(self, words: tuple[str | int, ...], until_s: float) -> Any:
+        """Send a command; returns its reply, which may be an exception. Raises OSError where none comes by then."""
+        self._wait_until(until_s)
+        self._socket.sendall(hiredis.pack_command(words))  # type: ignore[arg-type]  # its stub says: of one word
+        try:
+            while (reply := self._reader.gets()) is _NOTHING_YET:
+                self._wait_until(until_s)
+                if not (data := self._socket.recv(_MOST_AT_ONCE)):
+                    raise ConnectionError("Connection closed by server.")
+                self._reader.feed(data)
+        except hiredis.ProtocolError:
+            raise ConnectionError("the answer is not Redis'") from None
+        return reply
+
+    def _wait_until(self, until_s: float) -> None:
+        """The socket waits for what is left; where that is about as much as before it need not be told."""
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no time is left")
+        if abs(left_s - self._limit_s) > self._limit_s / 16:
+            self._socket.settimeout(left_s)
+            self._limit_s = left_s
 
 
 class BlockingClient:
     """The client of one node. Shared between threads, and across fork: a child opens its own connections.
 
-    `new` makes a connection of the driver's, not yet connected; `error_reply` is what one raises where the node answers
-    with an error.
+    `open_` opens a connection, by the given time or not at all; `is_farewell` says which error replies mean that the
+    node is not to be asked again. Times are of the monotonic clock.
     """
 
-    def __init__(self, new: Callable[[], Any], error_reply: type[Exception]) -> None:
-        self._new, self._error_reply = new, error_reply
-        self._idle: list[Any] = []
+    def __init__(self, open_: Callable[[float], Line], is_farewell: Callable[[Exception], bool]) -> None:
+        self._open, self._is_farewell = open_, is_farewell
+        self._idle: list[Line] = []
+        self._late: list[Future[Line]] = []  # opened beside, and nobody waits for them
         self._pid = os.getpid()
 
-    def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; raises the node's errors, and the driver's where there is no answer."""
-        link = self._taken()
-        is_answered = False
+    def execute_command(self, *words: str | int, until_s: float) -> Any:
+        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes."""
+        line = self._taken(until_s)
+        is_kept = False
         try:
-            link.send_command(*words, check_health=False)
-            reply = link.read_response()
-            is_answered = True
-        except self._error_reply:
-            is_answered = True
-            raise
+            reply = line.ask(words, until_s)
+            is_kept = not (isinstance(reply, Exception) and self._is_farewell(reply))
         finally:
-            if is_answered:
-                self._idle.append(link)
-            else:  # what may still come on it is nobody's reply
-                link.disconnect()
+            if is_kept:
+                self._idle.append(line)
+            else:  # what may still come on it is nobody's reply, and the idle ones lead where it led
+                line.close()
+                self._drop_idle()
+        if isinstance(reply, Exception):
+            raise reply
         return reply
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
-        while self._idle:
-            self._idle.pop().disconnect()
+        self._drop_idle()
+        with suppress(IndexError):
+            while True:
+                self._late.pop().add_done_callback(_close)
 
-    def _taken(self) -> Any:
+    def _drop_idle(self) -> None:
+        with suppress(IndexError):  # none is left, for others take them too
+            while True:
+                self._idle.pop().close()
+
+    def _taken(self, until_s: float) -> Line:
         if self._pid != os.getpid():
-            self._pid, self._idle = os.getpid(), []
+            self._idle, self._late, self._pid = [], [], os.getpid()
         with suppress(IndexError):  # none is idle
-            link = self._idle.pop()
-            with suppress(Exception):  # as good as closed
-                if not link.can_read():
-                    return link
-            link.disconnect()  # the node has closed it, or says what nobody has asked for
-        link = self._new()
-        link.connect()
-        return link
+            while not (line := self._idle.pop()).is_quiet():
+                line.close()
+            return line
+        with suppress(IndexError):  # none is late
+            while not _is_promising(late := self._late.pop()):
+                pass
+            return self._awaited(late, until_s)
+        try:
+            return self._open(until_s)
+        except Exception:
+            if time.monotonic() >= until_s:
+                self._open_beside()
+            raise
+
+    def _awaited(self, late: Future[Line], until_s: float) -> Line:
+        try:
+            return late.result(until_s - time.monotonic())
+        except TimeoutError:
+            if _is_promising(late):
+                self._late.append(late)
+            raise
+
+    def _open_beside(self) -> None:
+        late: Future[Line] = Future()
+
+        def begin() -> None:
+            try:
+                late.set_result(self._open(math.inf))
+            except Exception as error:
+                late.set_exception(error)
+
+        with suppress(RuntimeError):  # no thread to be had: too many, or the interpreter ends
+            threading.Thread(target=begin, name="dp-balancer connects", daemon=True).start()
+            self._late.append(late)
+
+
+def _is_promising(opening: Future[Line]) -> bool:
+    """Whether it is under way, or has led to a connection that is still good."""
+    return not opening.done() or (opening.exception() is None and opening.result().is_quiet())
+
+
+def _close(opening: Future[Line]) -> None:
+    if opening.exception() is None:
+        opening.result().close()

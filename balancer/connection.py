@@ -6,12 +6,14 @@ first used: where to go is `route`'s business, whether to try again is `store`'s
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import redis
 import redis.asyncio
@@ -21,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
-from balancer.blocking import BlockingClient
+from balancer.blocking import BlockingClient, Line
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.names import Names
 from balancer.pipeline import Opened, PipelinedClient
@@ -52,7 +54,8 @@ _NOT_NOW = (
 )
 _NOT_NOW_WORDS = ("READONLY", "OOM ", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "NOREPLICAS", "BUSY ")
 """What a script meets inside, and what the driver knows no class for."""
-_NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "attempt to")
+_DEMOTED, _DEMOTED_WORDS = (driver.ReadOnlyError, driver.MasterDownError), ("READONLY", "MASTERDOWN")
+_NOT_OURS = ("WRONGTYPE", "CORRUPT", "is not an integer", "not a valid float", "attempt to", "bad argument")
 _TLS_BREAKS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, TimeoutError)
 
 
@@ -61,25 +64,40 @@ _AT_ONCE = struct.pack("ii", 1, 0)
 sending it for minutes, and a dispatch that nobody waits for would book when the network is back."""
 
 
-class Client(Protocol):
-    """What we use of the driver's clients."""
-
-    def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; to be awaited where the client is an asyncio one."""
-        ...
-
-
 _names = Names()
 
 
-class _Connection(redis.Connection):
+class _Timed:
+    """A connection that is open by `until_s` or not at all: no step of its opening waits longer than what is left.
+
+    The driver knows a limit for each step only: for each address, and for each reply to what it has to say.
+    """
+
+    until_s = math.inf
+
+    def read_response(self, *arguments: Any, **named: Any) -> Any:
+        self._sock.settimeout(self._left_s(self.socket_timeout))  # type: ignore[attr-defined]
+        return super().read_response(*arguments, **named)  # type: ignore[misc]
+
+    def _left_s(self, limit_s: float | None) -> float:
+        left_s = min(limit_s or math.inf, self.until_s - time.monotonic())
+        if left_s <= 0:
+            raise driver.TimeoutError("no time is left")
+        return left_s
+
+
+class _UnixConnection(_Timed, redis.UnixDomainSocketConnection):
+    pass
+
+
+class _Connection(_Timed, redis.Connection):
     """One whose host's name is looked up within the time for connecting; the driver's own look-up has no limit."""
 
     def _connect(self) -> socket.socket:
-        name, problem = self.host, OSError("no address")
+        name, limit_s, problem = self.host, self.socket_connect_timeout, OSError("no address")
         try:
-            for address in _names.addresses(name, self.socket_connect_timeout or 0):
-                self.host = address
+            for address in _names.addresses(name, self._left_s(limit_s)):
+                self.host, self.socket_connect_timeout = address, self._left_s(limit_s)
                 try:
                     found = cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
                     found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
@@ -99,6 +117,7 @@ class _TlsConnection(redis.SSLConnection, _Connection):
         self._context = context
 
     def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        sock.settimeout(self._left_s(self.socket_timeout))
         return self._context.wrap_socket(sock, server_hostname=self.host)
 
 
@@ -183,9 +202,9 @@ def sync_clients(settings: Settings) -> Clients[BlockingClient]:
     """Clients that block; shared between threads, and across fork."""
 
     def made_of(kind: Any, **options: Any) -> BlockingClient:
-        return BlockingClient(lambda: kind(**options), driver.ResponseError)
+        return BlockingClient(lambda until_s: _line(kind(**options), until_s), _is_demotion)
 
-    kinds = (_Connection, _TlsConnection, redis.UnixDomainSocketConnection)
+    kinds = (_Connection, _TlsConnection, _UnixConnection)
     return Clients(settings, Retry(NoBackoff(), 0), kinds, made_of)
 
 
@@ -199,10 +218,22 @@ def async_clients(settings: Settings) -> Clients[PipelinedClient]:
     return Clients(settings, AsyncRetry(NoBackoff(), 0), kinds, made_of)
 
 
-async def _opened(link: Any) -> Opened:
+def _line(link: Any, until_s: float) -> Line:
     """Open a connection of the driver's and take its socket; the driver keeps no hand in it but for its end."""
+    link.until_s = until_s
+    link.connect()
+    return Line(link._sock, link._parser.parse_error, link.disconnect)
+
+
+async def _opened(link: Any) -> Opened:
+    """As `_line`, with an `await`."""
     await link.connect()
-    return Opened(link._writer.transport, link._parser.parse_error, link.disconnect)
+    return Opened(link._writer.transport, link._parser.parse_error, _is_demotion, link.disconnect)
+
+
+def _is_demotion(reply: Exception) -> bool:
+    """Whether a node says that it is no primary. Its name may lead to the new one by now, but only new connections."""
+    return isinstance(reply, _DEMOTED) or any(word in str(reply) for word in _DEMOTED_WORDS)
 
 
 def no_answer(settings: Settings) -> str:
@@ -258,6 +289,7 @@ def _tls_context(address: Address) -> ssl.SSLContext:
 
 def _is_tls_refusal(error: Exception) -> bool:
     """Whether TLS itself said no (a certificate, an authority, no TLS at all): not that it broke off or was slow."""
-    if isinstance(error.__cause__ or error.__context__, _TLS_BREAKS):
+    said = error if isinstance(error, ssl.SSLError) else error.__cause__ or error.__context__
+    if isinstance(said, _TLS_BREAKS):
         return False
-    return isinstance(error.__cause__ or error.__context__, ssl.SSLError) or "[SSL: " in str(error)
+    return isinstance(said, ssl.SSLError) or "[SSL: " in str(error)

@@ -56,7 +56,8 @@ class Dispatcher:
         `among`: the ranks that may be chosen (`engine/index`), any where there are none; `avoid`: those that may not. A
         request that is booked already keeps its rank.
         Raises `NoRank` with its reason, `InvalidInput`, or `Refused`; while Redis is away the answer comes from the
-        last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen.
+        last known loads (`placement.outcome` says so), and `NoRank` (unreachable) only where none was ever seen, or
+        `StoreDenied` where Redis is away because it refuses us.
         """
         return _single(self.dispatch_many([Request(request_id, tokens)], among, avoid))
 
@@ -169,7 +170,7 @@ class AsyncDispatcher:
         return self._placing.learn(await self._store.run(protocol.snapshot(self._placing.pool)))
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections, for good: a dispatch that is under way ends by the fallback."""
         await self._store.aclose()
 
     async def __aenter__(self) -> AsyncDispatcher:

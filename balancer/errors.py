@@ -13,7 +13,7 @@
         ├── StoreUnavailable  no answer within the budget, or "not now"; worth another try later
         └── StoreDenied       wrong password, missing permission, wrong certificate: a person must act
 
-Foreign exceptions (redis, socket, ssl) are translated to these in `balancer.store` and nowhere else.
+Foreign exceptions (redis, socket, ssl) are translated to these in `balancer.connection`, for `balancer.store`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class LastKnown:
             self._learned = self._clock()
 
     def add(self, rank: str, tokens: int) -> None:
-        """This dispatcher has sent `tokens` (or, negative, taken them back) to `rank`."""
+        """This dispatcher has sent `tokens` to `rank`."""
         with self._lock:
             if rank in self._loads:
                 self._loads[rank] += tokens

@@ -86,13 +86,17 @@ def checked_request_id(request_id: str) -> str:
     """Return `request_id` if it is text of 1 to 512 bytes in UTF-8, else raise `InvalidInput`."""
     if not isinstance(request_id, str):
         raise InvalidInput(f"request id must be text, not {shown(request_id)}")
-    try:
-        size = len(request_id.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise InvalidInput(f"request id {shown(request_id)} has a half character that UTF-8 cannot carry") from None
+    size = len(_in_utf8(request_id, "request id"))
     if not 1 <= size <= MAX_REQUEST_ID_BYTES:
         raise InvalidInput(f"request id must have 1 to {MAX_REQUEST_ID_BYTES} bytes, not {size}")
     return request_id
+
+
+def _in_utf8(text: str, what: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{what} {shown(text)} has a half character that UTF-8 cannot carry: leave it out") from None
 
 
 def shown(value: object) -> str:
@@ -194,8 +198,9 @@ class Incarnation:
         if self.capacity_tokens is not None:
             capacity = checked_count(self.capacity_tokens, "capacity in tokens", 1)
             object.__setattr__(self, "capacity_tokens", capacity)
-        if not _ADDRESS.fullmatch(self.address):
+        if not isinstance(self.address, str) or not _ADDRESS.fullmatch(self.address):
             raise InvalidInput("address must have at most 256 characters and no spaces")
+        _in_utf8(self.address, "address")
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ the connection: whoever wants may ask again on a new one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ _NOTHING_YET = object()
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A connection that has been opened: its socket, how its error replies become exceptions, how it is ended."""
+    """A connection that has been opened: its socket, how its error replies become exceptions, which of these mean that
+    the node is not to be asked again, how it is ended."""
 
     transport: asyncio.Transport
     error: Callable[[str], Exception]
+    is_farewell: Callable[[Exception], bool]
     close: Callable[[], Awaitable[None]]
 
 
@@ -65,6 +68,9 @@ class Pipeline(asyncio.Protocol):
                     continue
                 if isinstance(reply, Exception):
                     answer.set_exception(reply)
+                    if self.opened.is_farewell(reply):
+                        self.give_up(ConnectionError("the node is no primary any more"))
+                        break
                 else:
                     answer.set_result(reply)
         except (hiredis.ProtocolError, IndexError):  # no reply, or one that nobody has asked for
@@ -112,19 +118,28 @@ class PipelinedClient:
         self._open, self._patience_s = open_, patience_s
         self._line: Pipeline | None = None
         self._opening: asyncio.Task[Pipeline] | None = None
+        self._is_closed = False
 
     @property
     def line(self) -> Pipeline | None:
         """The connection, where it is open."""
         return None if self._line is None or self._line.is_lost else self._line
 
-    async def execute_command(self, *words: str | int) -> Any:
-        """One command and its reply; raises what opening raises, the node's errors, or OSError."""
-        line = self.line or await self._opened()
-        return await line.ask(*words)
+    async def execute_command(self, *words: str | int, until_s: float) -> Any:
+        """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes.
+
+        `until_s` is a time of the monotonic clock.
+        """
+        left_s = until_s - time.monotonic()
+        if self._line is not None and not self._line.is_lost and left_s > self._patience_s * 15 / 16:
+            return await self._line.ask(*words)  # its own patience ends the wait
+        async with asyncio.timeout(left_s):
+            line = self.line or await self._opened()
+            return await line.ask(*words)
 
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Close the connection for good: who is asking now, or asks later, gets an error and opens no other."""
+        self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait((self._opening,))
@@ -135,6 +150,8 @@ class PipelinedClient:
 
     async def _opened(self) -> Pipeline:
         """One opens for all; whoever gives up waiting takes it from nobody."""
+        if self._is_closed:
+            raise ConnectionError("closed by ourselves")
         if self._opening is None:
             self._opening = asyncio.create_task(self._begin())
             self._opening.add_done_callback(self._is_open)

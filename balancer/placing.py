@@ -7,8 +7,9 @@ store. So the sync and the async dispatcher differ by an `await`, and the decisi
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, TypeVar
 
 from balancer import protocol
@@ -94,61 +95,66 @@ class Placing:
             if not self.breaker.admits():
                 break
             try:
-                renewed += yield protocol.renew(self.pool, bookings[start : start + MAX_IDS_PER_RENEW])
-            except StoreError as error:
-                self._lost(error)
+                renewed += yield from self._asked(
+                    protocol.renew(self.pool, bookings[start : start + MAX_IDS_PER_RENEW])
+                )
+            except StoreError:
                 break
-            except Refused:
-                self._regained()
-                raise
-            self._regained()
         return renewed
 
-    def _released(self, operation: Operation[int]) -> Steps[int | None]:
-        """Perform a release; None where Redis was away."""
+    def _asked(self, operation: Operation[T]) -> Steps[T]:
+        """Perform an operation, and learn by it whether Redis is away."""
         try:
-            count: int = yield operation
+            answer: T = yield operation
         except StoreError as error:
             self._lost(error)
-            return None
+            raise
         except Refused:
             self._regained()
             raise
         self._regained()
+        return answer
+
+    def _released(self, operation: Operation[int]) -> Steps[int | None]:
+        """Perform a release; None where Redis was away."""
+        try:
+            count = yield from self._asked(operation)
+        except StoreError:
+            return None
         self.counters.released += count
         return count
 
-    def _settle(self) -> Steps[None]:
-        """Release what is owed since an outage, if it is time to."""
+    def _settle(self) -> Steps[float]:
+        """Release what is owed since an outage, if it is time to; returns the seconds that it took."""
         if not (owed := self.aftermath.due()):
-            return
+            return 0.0
+        began_s = time.monotonic()
         count = yield from self._released(protocol.release(self.pool, owed))
         if count is not None:
             self.aftermath.settled(owed)
             if count:
                 log.info("pool=%s had %d bookings whose dispatch got no answer: released", self.pool, count)
+        return time.monotonic() - began_s
 
     def _dispatch_list(self, requests: Sequence[Request], scope: Scope) -> Steps[list[Placement | NoRank]]:
-        if not self.breaker.is_open:
-            yield from self._settle()
+        spent_s = (yield from self._settle()) if not self.breaker.is_open else 0.0
         if not self.breaker.admits():
             return self._fall_back(requests, scope)
         wants_loads = self.last_known.wants_loads()
         operation = protocol.dispatch(self.pool, self.name, requests, wants_loads, scope)
+        if spent_s:  # a dispatch and what goes before it have one budget
+            operation = replace(operation, spent_s=spent_s)
         try:
-            answer: protocol.Dispatched = yield operation
+            answer = yield from self._asked(operation)
         except StoreError as error:
-            self._lost(error)
             if not isinstance(error, StoreDenied):
                 self.aftermath.owe(request.request_id for request in requests)
             return self._fall_back(requests, scope)
         except Refused:
-            self._regained()
             raise
         except BaseException:  # the caller gave up: it learns of no placement, and so needs no booking
             self.aftermath.owe(request.request_id for request in requests)
             raise
-        self._regained()
         self._look_for_loss(answer.knows_pool)
         self.aftermath.settled(request.request_id for request in requests)
         if answer.loads is not None:

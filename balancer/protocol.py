@@ -51,12 +51,16 @@ ANYWHERE = Scope()
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[T]):
-    """One EVAL: `script` by name, its keys and arguments, and `read`: from the reply to a T, or raising `Refused`."""
+    """One EVAL: `script` by name, its keys and arguments, and `read`: from the reply to a T, or raising `Refused`.
+
+    `spent_s`: seconds of its budget that went by on what came before it.
+    """
 
     script: str
     keys: tuple[str, ...]
     arguments: tuple[str | int, ...]
     read: Callable[[Reply], T]
+    spent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

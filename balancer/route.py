@@ -71,7 +71,8 @@ class _PlainRoute:
 
 
 class _SentinelRoute:
-    """The sentinels are asked in turn, beginning with the one that answered last."""
+    """The sentinels are asked in turn, beginning with the one that answered last, or after it where what it named does
+    not serve: one that is cut off from the others goes on naming an old primary."""
 
     def __init__(self, address: Address) -> None:
         self.primary: Node | None = None
@@ -98,6 +99,7 @@ class _SentinelRoute:
             self._next(node)
         elif node == self.primary:
             self.primary = None
+            self._next(self._sentinels[self._turn])
 
     def _next(self, sentinel: Node) -> None:
         if sentinel == self._sentinels[self._turn]:

@@ -2,13 +2,13 @@
 
 Nothing here knows what an operation means. The driver's own retries are off; tenacity retries what Redis did not answer
 until the budget is spent, which every script allows (each may be repeated without harm). One attempt is a conversation
-(`_conversation`): a generator that yields what to send to which node, so that the two stores differ by an `await`.
-Foreign exceptions end here: callers see `balancer.errors` only.
+(`_conversation`): a generator that yields what to send to which node, so that the two stores differ by an `await`. Its
+time is fixed when it begins, whatever it has to wait for: a name, a connection, a reply, a second node. Foreign
+exceptions end here: callers see `balancer.errors` only.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar, cast
@@ -17,7 +17,7 @@ from redis import exceptions as driver
 from tenacity import AsyncRetrying, RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from balancer.address import Node
-from balancer.connection import Client, async_clients, no_answer, sync_clients, translated
+from balancer.connection import async_clients, sync_clients, translated
 from balancer.errors import BalancerError, StoreUnavailable
 from balancer.protocol import Operation, Reply
 from balancer.route import Route, route_to
@@ -43,38 +43,39 @@ class Store:
         self._route = route_to(settings.checked_address())
 
     def run(self, operation: Operation[T]) -> T:
-        """Perform `operation` within the budget.
+        """Perform `operation` within the budget, the opening of a connection included.
 
         Raises `StoreUnavailable` when Redis does not answer in time, `StoreDenied`, or what the operation reads.
         """
-        give_up = _Budget(self.settings)
+        budget = _Budget(self.settings, operation.spent_s)
         try:
-            return operation.read(self._evaluate(operation))
+            return operation.read(self._evaluate(operation, budget))
         except StoreUnavailable:
-            if give_up.is_spent():
+            if budget.is_spent():
                 raise
-        again = Retrying(stop=give_up, **_RETRY)
-        return operation.read(again(self._evaluate, operation))
+        again = Retrying(stop=budget, **_RETRY)
+        return operation.read(again(self._evaluate, operation, budget))
 
     def command(self, *words: str | int) -> Any:
         """One plain command, for tools that look at the server itself (`balancer doctor`); no retry."""
-        return self._hold(_conversation(self._route, self.settings, lambda node: _say(node, words)))
+        talk = _conversation(self._route, self.settings, lambda node: _say(node, words))
+        return self._hold(talk, _Budget(self.settings).attempt_until_s())
 
     def close(self) -> None:
         """Close all connections."""
         for client in self._clients.made():
             client.close()
 
-    def _evaluate(self, operation: Operation[Any]) -> Reply:
+    def _evaluate(self, operation: Operation[Any], budget: _Budget) -> Reply:
         talk = _conversation(self._route, self.settings, lambda node: _evaluation(node, operation))
-        return cast(Reply, self._hold(talk))
+        return cast(Reply, self._hold(talk, budget.attempt_until_s()))
 
-    def _hold(self, conversation: Conversation) -> Any:
+    def _hold(self, conversation: Conversation, until_s: float) -> Any:
         try:
             node, words = next(conversation)
             while True:
                 try:
-                    reply = cast(Client, self._clients.to(node)).execute_command(*words)
+                    reply = self._clients.to(node).execute_command(*words, until_s=until_s)
                 except (driver.RedisError, OSError) as error:
                     node, words = conversation.throw(error)
                 else:
@@ -84,7 +85,7 @@ class Store:
 
 
 class AsyncStore:
-    """Performs operations with the asyncio driver; belongs to one event loop."""
+    """As `Store`, with an `await`; belongs to one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -93,46 +94,30 @@ class AsyncStore:
 
     async def run(self, operation: Operation[T]) -> T:
         """Perform `operation` within the budget; raises as `Store.run` does."""
-        give_up = _Budget(self.settings)
-        node = self._route.primary
-        line = self._clients.to(node).line if node else None
-        if node and line:  # open: there is nothing to prepare, and its own patience ends the wait
-            try:
-                return operation.read(await line.ask(*_by_sha(operation)))
-            except OSError as error:
-                if give_up.is_spent():
-                    raise _ours(error, self._route, self.settings, node) from error
-            except driver.RedisError:
-                pass  # asked again, the long way knows what to make of it
+        budget = _Budget(self.settings, operation.spent_s)
         try:
-            async with asyncio.timeout(give_up.left_s()):
-                try:
-                    return operation.read(await self._evaluate(operation))
-                except StoreUnavailable:
-                    if give_up.is_spent():
-                        raise
-                again = AsyncRetrying(stop=give_up, **_RETRY)
-                return operation.read(await again(self._evaluate, operation))
-        except TimeoutError as error:
-            if self._route.primary is not None:
-                self._route.lost(self._route.primary)
-            raise StoreUnavailable(no_answer(self.settings)) from error
+            return operation.read(await self._evaluate(operation, budget))
+        except StoreUnavailable:
+            if budget.is_spent():
+                raise
+        again = AsyncRetrying(stop=budget, **_RETRY)
+        return operation.read(await again(self._evaluate, operation, budget))
 
     async def aclose(self) -> None:
         """Close all connections."""
         for client in self._clients.made():
             await client.aclose()
 
-    async def _evaluate(self, operation: Operation[Any]) -> Reply:
+    async def _evaluate(self, operation: Operation[Any], budget: _Budget) -> Reply:
         talk = _conversation(self._route, self.settings, lambda node: _evaluation(node, operation))
-        return cast(Reply, await self._hold(talk))
+        return cast(Reply, await self._hold(talk, budget.attempt_until_s()))
 
-    async def _hold(self, conversation: Conversation) -> Any:
+    async def _hold(self, conversation: Conversation, until_s: float) -> Any:
         try:
             node, words = next(conversation)
             while True:
                 try:
-                    reply = await cast(Client, self._clients.to(node)).execute_command(*words)
+                    reply = await self._clients.to(node).execute_command(*words, until_s=until_s)
                 except (driver.RedisError, OSError) as error:
                     node, words = conversation.throw(error)
                 else:
@@ -187,18 +172,22 @@ def _say(node: Node, words: Words) -> Conversation:
 
 
 class _Budget:
-    """tenacity's `stop`: no attempt begins that could not end within the budget."""
+    """The time of one operation, of which `spent_s` has gone by; each of `tries` attempts has its share.
 
-    def __init__(self, settings: Settings) -> None:
+    Also tenacity's `stop`: no attempt begins that could not end within the budget.
+    """
+
+    def __init__(self, settings: Settings, spent_s: float = 0.0) -> None:
         budget_s = settings.budget_ms / 1000
-        self._end = time.monotonic() + budget_s
-        self._last_start = self._end - budget_s / settings.tries
+        self._share_s = budget_s / settings.tries
+        self._end = time.monotonic() + budget_s - spent_s
+
+    def attempt_until_s(self) -> float:
+        """When an attempt that begins now has had its share (monotonic clock)."""
+        return min(time.monotonic() + self._share_s, self._end)
 
     def is_spent(self, after_s: float = 0.0) -> bool:
-        return time.monotonic() + after_s >= self._last_start
-
-    def left_s(self) -> float:
-        return self._end - time.monotonic()
+        return time.monotonic() + after_s >= self._end - self._share_s
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         return self.is_spent(after_s=retry_state.upcoming_sleep)

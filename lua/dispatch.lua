@@ -44,7 +44,9 @@ local dispatcher, want_loads = unpack(ARGV, 1, 2)
 
 local schema, policy, booking_lease_ms, when_full, when_silent, lives =
   unpack(call('HMGET', pool, 'schema', 'policy', 'booking_lease_ms', 'when_full', 'when_silent', 'lives'))
-if not schema then return {'unknown_pool'} end
+if not schema then  -- what a replica may lack that its primary has: it refuses a write, be it one of nothing
+  return call('HDEL', pool, 'schema') and {'unknown_pool'}
+end
 if tonumber(schema) > SCHEMA then return {'newer_schema', schema} end
 local stale = end_leases(now)
 expire(now, EXPIRED_PER_DISPATCH + (#ARGV - 2) / 3)

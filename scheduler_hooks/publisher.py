@@ -155,7 +155,8 @@ class Publisher:
         pause_s = self._publish()
         self._follow_lease()
         while not self._closing.wait(pause_s):
-            has_news = self._take(0 if pause_s else self._pulse_s)
+            has_failed = pause_s > 0  # then the pause was the waiting, and there is something to send
+            has_news = self._take(0 if has_failed else self._pulse_s)
             if self._closing.is_set():
                 break
             if not has_news and self._is_sent and self._hangs():
@@ -245,7 +246,7 @@ class Publisher:
                 log.error("%s cannot report, keeps trying", self._name, exc_info=error)
         if is_slow:
             return _SLOW_HEARTBEATS * self._heartbeat_s
-        pause_s = min(self._next_pause_s, self._heartbeat_s)
+        pause_s = min(self._next_pause_s, self._pulse_s)
         self._next_pause_s = 2 * pause_s
         return pause_s * random.uniform(0.5, 1)  # engines that lost Redis together come back apart
 

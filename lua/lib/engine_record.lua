@@ -1,5 +1,5 @@
 -- engine_record: an entry of the engines hash as a table, and back. One line of text, so that a person can read it:
---   state=up epoch=1790000000000 life=1790000000000 step=812 size=16 reported_ms=1790000012345 draining=- nonce=f3a9
+--   state=up epoch=1790000000000 life=3 step=812 size=16 reported_ms=1790000012345 draining=- nonce=f3a9
 --   address=10.0.0.7:30000
 -- state is up or silent (its lease has ended); life is its number in this pool, see begin_life; draining is -, all, or
 -- the indices: 3,7.

@@ -4,15 +4,15 @@
 local dispatcher, _, id, tokens, request_id = unpack(ARGV)
 local record = rank .. ' ' .. tokens .. ' ' .. lives .. ' ' .. dispatcher .. ' ' .. request_id
 if call('HSETNX', bookings, id, record) == 1 then
-  local timed = try('ZADD', deadlines, decimal(now + lease_ms), id)
-  local flying = try('HINCRBY', in_flight, rank, tokens)
-  local queued = try('HINCRBY', in_flight_requests, rank, '1')
-  local loaded = try('ZADD', loads, decimal(load + tokens), rank)
-  if type(timed) == 'table' or type(flying) == 'table' or type(queued) == 'table' or type(loaded) == 'table' then
-    if type(timed) ~= 'table' then call('ZREM', deadlines, id) end
-    if type(flying) ~= 'table' then call('HINCRBY', in_flight, rank, '-' .. tokens) end
-    if type(queued) ~= 'table' then call('HINCRBY', in_flight_requests, rank, '-1') end
-    if type(loaded) ~= 'table' then call('ZADD', loads, decimal(load), rank) end
+  local timed = tonumber(try('ZADD', deadlines, decimal(now + lease_ms), id))  -- nil for an error, which is a table
+  local flying = tonumber(try('HINCRBY', in_flight, rank, tokens))
+  local queued = tonumber(try('HINCRBY', in_flight_requests, rank, '1'))
+  local loaded = tonumber(try('ZADD', loads, decimal(load + tokens), rank))
+  if not (timed and flying and queued and loaded) then
+    if timed then call('ZREM', deadlines, id) end
+    if flying then call('HINCRBY', in_flight, rank, '-' .. tokens) end
+    if queued then call('HINCRBY', in_flight_requests, rank, '-1') end
+    if loaded then call('ZADD', loads, decimal(load), rank) end
     call('HDEL', bookings, id)
   else
     booked = queued

@@ -126,6 +126,8 @@ def test_any_other_text_is_a_request_id(
         ({"capacity_tokens": 2**41}, "capacity"),
         ({"address": "two words"}, "address"),
         ({"address": "x" * 257}, "address"),
+        ({"address": "10.0.0.7\udcff"}, "half character that UTF-8 cannot carry: leave it out"),
+        ({"engine": "e\udcff"}, "engine name"),
         ({"nonce": "a b"}, "nonce"),
     ],
 )
@@ -314,6 +316,20 @@ def test_a_look_at_a_pool_with_a_foreign_key_is_refused_too(
     client.set(f"dpb:{{p}}:{name}", "foreign", px=60_000)
     with pytest.raises(CorruptPool, match="did not write"):
         admin.snapshot()
+    client.flushall()
+
+
+@pytest.mark.parametrize("field", ["engine_lease_ms", "forget_ms"])
+def test_junk_in_a_lease_that_a_dispatch_does_not_need_makes_no_outage_of_a_booking(
+    engine: Reporter, dispatcher: Dispatcher, admin: PoolAdmin, client: redis.Redis, field: str
+) -> None:
+    """The first dispatch after a change notes until when the short way may be gone, which asks for all leases."""
+    admin.configure(policy="minimum_tokens")
+    client.hset("dpb:{p}:pool", field, "junk")
+    assert dispatcher.dispatch("a", 5).outcome == "placed"
+    assert dispatcher.counters.outages == 0
+    with pytest.raises(CorruptPool, match="the leases in the pool's settings"):  # who needs it
+        engine.report(2, [RankCounts(0, 0)] * 2)
     client.flushall()
 
 

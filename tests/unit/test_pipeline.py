@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ async def client(node: Node) -> AsyncIterator[PipelinedClient]:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-        return Opened(writer.transport, RuntimeError, close)
+        return Opened(writer.transport, RuntimeError, lambda reply: "READONLY" in str(reply), close)
 
     writers: list[asyncio.StreamWriter] = []
     client = PipelinedClient(opened, PATIENCE_S)
@@ -66,10 +67,15 @@ async def client(node: Node) -> AsyncIterator[PipelinedClient]:
     await client.aclose()
 
 
+async def ask(client: PipelinedClient, *words: str | int) -> Any:
+    """As somebody with time enough."""
+    return await client.execute_command(*words, until_s=time.monotonic() + 10)
+
+
 async def test_all_that_ask_at_once_share_one_connection_and_get_their_own_replies(
     node: Node, client: PipelinedClient
 ) -> None:
-    assert await asyncio.gather(*(client.execute_command("PING", n) for n in range(50))) == [*range(1, 51)]
+    assert await asyncio.gather(*(ask(client, "PING", n) for n in range(50))) == [*range(1, 51)]
     assert node.connections == 1
 
 
@@ -84,7 +90,7 @@ async def test_a_reply_that_comes_byte_by_byte_is_whole(node: Node, client: Pipe
 
     tasks: list[asyncio.Future[None]] = []
     node.answer = dribble
-    assert await client.execute_command("LOOK") == [b"ok", 7]
+    assert await ask(client, "LOOK") == [b"ok", 7]
 
 
 async def test_who_gives_up_waiting_takes_no_reply_from_the_others(node: Node, client: PipelinedClient) -> None:
@@ -99,7 +105,7 @@ async def test_who_gives_up_waiting_takes_no_reply_from_the_others(node: Node, c
 
     tasks: list[asyncio.Future[None]] = []
     node.answer = later
-    asked = [asyncio.ensure_future(client.execute_command("GET", n)) for n in range(3)]
+    asked = [asyncio.ensure_future(ask(client, "GET", n)) for n in range(3)]
     while node.commands < 3:
         await asyncio.sleep(0.001)
     asked[1].cancel()
@@ -110,9 +116,7 @@ async def test_who_gives_up_waiting_takes_no_reply_from_the_others(node: Node, c
 
 async def test_an_error_reply_is_raised_where_it_was_asked_for(node: Node, client: PipelinedClient) -> None:
     node.answer = lambda number, writer: writer.write(b"-ERR no\r\n" if number == 1 else b"+OK\r\n")
-    first, second = await asyncio.gather(
-        client.execute_command("BAD"), client.execute_command("GOOD"), return_exceptions=True
-    )
+    first, second = await asyncio.gather(ask(client, "BAD"), ask(client, "GOOD"), return_exceptions=True)
     assert isinstance(first, RuntimeError)
     assert second == b"OK"
 
@@ -122,13 +126,11 @@ async def test_a_silent_node_is_given_up_with_all_that_is_under_way_and_a_new_co
 ) -> None:
     node.answer = lambda number, writer: None
     began = asyncio.get_running_loop().time()
-    results: list[Any] = await asyncio.gather(
-        *(client.execute_command("GET", n) for n in range(3)), return_exceptions=True
-    )
+    results: list[Any] = await asyncio.gather(*(ask(client, "GET", n) for n in range(3)), return_exceptions=True)
     assert all(isinstance(result, TimeoutError) for result in results)
     assert PATIENCE_S * 0.9 < asyncio.get_running_loop().time() - began < PATIENCE_S + 1
     node.answer = lambda number, writer: writer.write(b"+OK\r\n")
-    assert await client.execute_command("GET", "again") == b"OK"
+    assert await ask(client, "GET", "again") == b"OK"
     assert node.connections == 2
 
 
@@ -140,26 +142,42 @@ async def test_a_slow_node_that_answers_each_in_time_is_not_given_up(node: Node,
 
     node.answer = late
     for number in range(1, 5):
-        assert await client.execute_command("GET") == number
+        assert await ask(client, "GET") == number
     assert node.connections == 1
 
 
 async def test_a_node_that_closes_fails_what_is_under_way_at_once(node: Node, client: PipelinedClient) -> None:
     node.answer = lambda number, writer: writer.close()
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(client.execute_command("GET"), PATIENCE_S)
+        await asyncio.wait_for(ask(client, "GET"), PATIENCE_S)
 
 
 async def test_what_is_asked_of_a_connection_that_was_given_up_fails_at_once(
     node: Node, client: PipelinedClient
 ) -> None:
     """As where it is lost between its opening and the turn of whoever waited for that."""
-    await client.execute_command("GET")
+    await ask(client, "GET")
     line = client._line
     assert line is not None
     line.give_up(ConnectionError("lost"))
     with pytest.raises(ConnectionError):
         await asyncio.wait_for(line.ask("GET"), PATIENCE_S / 2)
+
+
+async def test_a_client_that_is_closed_opens_no_connection_for_those_who_ask_again(
+    node: Node, client: PipelinedClient
+) -> None:
+    """As the store does for whoever was waiting for a reply."""
+    node.answer = lambda number, writer: None
+    waiting = asyncio.ensure_future(ask(client, "GET"))
+    while not node.commands:
+        await asyncio.sleep(0.001)
+    await client.aclose()
+    with pytest.raises(ConnectionError):
+        await waiting
+    with pytest.raises(ConnectionError, match="closed by ourselves"):
+        await ask(client, "GET")
+    assert node.connections == 1
 
 
 @pytest.mark.parametrize("words", [b"!nonsense\r\n", b"+OK\r\n+OK\r\n"])
@@ -169,6 +187,6 @@ async def test_what_is_no_reply_or_one_too_many_ends_the_connection(
     """Otherwise each later command would get the reply of the one before it."""
     node.answer = lambda number, writer: writer.write(words if number == 1 else b":%d\r\n" % number)
     with contextlib.suppress(OSError):
-        await client.execute_command("GET")
-    assert await client.execute_command("GET") == 2
+        await ask(client, "GET")
+    assert await ask(client, "GET") == 2
     assert node.connections == 2

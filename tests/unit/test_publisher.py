@@ -262,6 +262,17 @@ def test_a_redis_that_was_killed_and_came_back_empty_has_everything_after_one_re
         assert [rank.holding_tokens for rank in own_look.dispatcher.snapshot().ranks] == [5, 6]
 
 
+def test_with_a_short_lease_redis_is_tried_as_often_as_the_lease_asks_for(
+    own_server: EmbeddedRedis, own_settings: Settings, own_look: Look, eventually: Eventually
+) -> None:
+    """Otherwise an engine would be back seconds after Redis."""
+    configure(own_settings, engine_lease_ms=300)
+    with publishing(own_settings, heartbeat_s=5) as publisher:
+        eventually(lambda: publisher.counters.published > 2, "it beats by the lease, and not by its heartbeat")
+        own_server.stop()
+        eventually(lambda: publisher.counters.failures >= 12, "tries, with a tenth of a second between two of them")
+
+
 def test_a_redis_that_is_not_there_at_the_start_is_joined_when_it_comes(
     own_server: EmbeddedRedis, own_settings: Settings, own_look: Look, eventually: Eventually
 ) -> None:

@@ -37,7 +37,18 @@ def test_sentinels_are_asked_in_turn_and_again_when_the_primary_is_lost() -> Non
     assert route.primary == ONE
     route.lost(ONE)
     assert route.primary is None
-    assert route.question()[0] == S1
+
+
+def test_a_sentinel_whose_primary_does_not_serve_makes_way_for_the_next() -> None:
+    """One that is cut off from the others goes on naming the old primary."""
+    route = route_to(parse_address("redis+sentinel://s1,s2/chat"))
+    route.answered([b"one", b"6379"])
+    route.lost(ONE)
+    assert route.question()[0] == S2
+    route.answered([b"two", b"6379"])
+    # somebody's second failure on the first one turns nobody away
+    route.lost(ONE)
+    assert (route.primary, route.question()[0]) == (TWO, S2)
 
 
 def test_a_cluster_is_asked_through_any_node_and_followed_where_it_sends() -> None:

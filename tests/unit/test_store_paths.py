@@ -1,0 +1,257 @@
+"""The way to Redis changes under a store: names move, paths die without a word, sentinels err, each step is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+import redis
+
+from balancer import Settings, StoreUnavailable, protocol
+from balancer.embedded import EmbeddedRedis
+from balancer.model import Incarnation
+from balancer.store import AsyncStore, Store
+from tests.either import Awaited
+
+SLACK_S = 0.3
+"""What two crowded cores may add."""
+
+Eventually = Callable[..., None]
+MakeStore = Callable[..., Any]
+JOIN = protocol.join("p", Incarnation("e", 2, "nonce"))
+
+
+@pytest.fixture(params=["sync", "async"])
+def store(request: pytest.FixtureRequest) -> Iterator[MakeStore]:
+    """Make a store of either kind: `store(url, budget_ms=100)`."""
+    made = []
+
+    def make(url: str, budget_ms: int = 1_000, **more: Any) -> Any:
+        settings = Settings(url=url, pool="p", budget_ms=budget_ms, **more)
+        made.append(Store(settings) if request.param == "sync" else Awaited(AsyncStore(settings)))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+class Listener:
+    """A port of this machine; each connection is served by a thread."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._taken: list[socket.socket] = []
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for each in (self._socket, *self._taken):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                self._taken.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            self.serve(connection)
+
+
+class Name(Listener):
+    """A name, or a virtual address: it leads new connections to `target`; those that are open stay where they are."""
+
+    def __init__(self, target: int, delay_s: float = 0.0) -> None:
+        self.target, self._delay_s = target, delay_s
+        self.connections = 0
+        self._dead_until = 0
+        super().__init__()
+
+    def lose_open_paths(self) -> None:
+        """What is open now delivers nothing any more, and nobody is told."""
+        self._dead_until = self.connections
+
+    def serve(self, connection: socket.socket) -> None:
+        self.connections += 1
+        number = self.connections
+        beyond = socket.create_connection(("127.0.0.1", self.target))
+        self._taken.append(beyond)
+        threading.Thread(target=self._pass, args=(beyond, connection, number, True), daemon=True).start()
+        self._pass(connection, beyond, number, False)
+
+    def _pass(self, source: socket.socket, sink: socket.socket, number: int, is_reply: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                time.sleep(self._delay_s * is_reply)
+                if number > self._dead_until:
+                    sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def named(target: int, delay_s: float = 0.0) -> Iterator[Name]:
+    """A name, whose replies take so long."""
+    with closing(Name(target, delay_s)) as name:
+        yield name
+
+
+def url_of(*ports: int, scheme: str = "redis", path: str = "") -> str:
+    return f"{scheme}://" + ",".join(f"127.0.0.1:{port}" for port in ports) + path
+
+
+# -- the primary moves
+
+
+def test_a_name_that_leads_to_a_new_primary_is_followed_though_the_old_one_lives_on_as_a_replica(
+    store: MakeStore, eventually: Eventually
+) -> None:
+    with EmbeddedRedis() as old, EmbeddedRedis() as new, named(old.port) as name:
+        subject = store(url_of(name.port), budget_ms=4_000)
+        subject.run(protocol.configure("p", {"engine_lease_ms": 600_000}))
+        subject.run(JOIN)
+        with redis.Redis.from_url(old.url) as old_client, redis.Redis.from_url(new.url) as new_client:
+            old_client.config_set("repl-diskless-sync-delay", 0)
+            new_client.replicaof("127.0.0.1", old.port)
+            eventually(lambda: new_client.info("replication")["master_link_status"] == "up", "the new one has it all")
+            new_client.replicaof("NO", "ONE")
+            name.target = new.port
+            old_client.replicaof("127.0.0.1", new.port)
+        placed = subject.run(protocol.dispatch("p", "d", [protocol.Request("a", 1)]))
+        assert placed.outcomes[0].outcome == "placed", "by the new one, in the same operation"
+
+
+def test_a_demoted_server_without_data_is_not_taken_for_an_empty_pool(store: MakeStore) -> None:
+    """The path that finds no pool writes nothing else, so a replica would answer it."""
+    with EmbeddedRedis() as server:
+        subject = store(server.url)
+        dispatch = protocol.dispatch("p", "d", [protocol.Request("a", 1)])
+        assert not subject.run(dispatch).knows_pool
+        with redis.Redis.from_url(server.url) as client:
+            client.replicaof("127.0.0.1", 1)
+            with pytest.raises(StoreUnavailable):
+                subject.run(dispatch)
+            client.replicaof("NO", "ONE")
+        assert not subject.run(dispatch).knows_pool
+
+
+class Sentinel(Listener):
+    """One that names `primary`, or says nothing where there is none: stopped, or behind a path that has died."""
+
+    def __init__(self, primary: int | None) -> None:
+        self._primary = primary
+        super().__init__()
+
+    def serve(self, connection: socket.socket) -> None:
+        while connection.recv(65_536):
+            if self._primary is not None:
+                port = str(self._primary)
+                connection.sendall(f"*2\r\n$9\r\n127.0.0.1\r\n${len(port)}\r\n{port}\r\n".encode())
+
+
+@pytest.mark.parametrize("tries", [1, 4])
+def test_a_sentinel_that_says_nothing_makes_way_for_the_next_however_few_the_tries(
+    store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis, tries: int
+) -> None:
+    with closing(Sentinel(None)) as silent, closing(Sentinel(redis_server.port)) as good:
+        subject = store(url_of(silent.port, good.port, scheme="redis+sentinel", path="/m"), tries=tries)
+        if tries == 1:
+            with pytest.raises(StoreUnavailable):
+                subject.run(JOIN)
+        assert subject.run(JOIN).epoch > 0
+
+
+def test_a_sentinel_that_is_cut_off_and_names_a_primary_of_the_past_makes_way_for_the_next(
+    store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        past = gone.getsockname()[1]
+    with closing(Sentinel(past)) as cut_off, closing(Sentinel(redis_server.port)) as good:
+        subject = store(url_of(cut_off.port, good.port, scheme="redis+sentinel", path="/m"))
+        assert subject.run(JOIN).epoch > 0
+
+
+# -- paths die
+
+
+def test_threads_whose_paths_have_died_unsaid_lose_one_try_between_them_and_not_one_per_idle_connection(
+    redis_server: EmbeddedRedis, client: redis.Redis
+) -> None:
+    with named(redis_server.port) as name:
+        subject = Store(Settings(url=url_of(name.port), pool="p", budget_ms=4_000, tries=4))
+        threads = [threading.Thread(target=subject.command, args=("BLPOP", f"gate-{at}", "5")) for at in range(8)]
+        for thread in threads:
+            thread.start()
+        while int(client.info("clients")["blocked_clients"]) < len(threads):
+            time.sleep(0.005)
+        for at in range(len(threads)):
+            client.rpush(f"gate-{at}", "open")
+        for thread in threads:
+            thread.join()
+        name.lose_open_paths()
+        assert subject.run(JOIN).epoch > 0, "the second of four tries opens a new connection"
+        subject.close()
+
+
+# -- each step is slow
+
+
+class SlowNode(Listener):
+    """A Redis that takes `step_s` for each reply, to the password as to a script, which it does not know."""
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        super().__init__()
+
+    def serve(self, connection: socket.socket) -> None:
+        while data := connection.recv(65_536):
+            time.sleep(self._step_s)
+            connection.sendall(b"-NOSCRIPT no\r\n" if b"EVALSHA" in data else b"+OK\r\n")
+
+
+@pytest.mark.parametrize("tries", [1, 4])
+def test_what_a_connection_takes_to_open_is_part_of_the_budget(store: MakeStore, tries: int) -> None:
+    """Four steps, each within the time of a try: password, database, script, script once more."""
+    with closing(SlowNode(0.35)) as node:
+        subject = store(f"redis://user:secret@127.0.0.1:{node.port}/1", budget_ms=400, tries=tries)
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="within 400 ms"):
+            subject.run(JOIN)
+        assert time.monotonic() - began < 0.4 + SLACK_S
+
+
+def test_a_connection_that_takes_longer_than_a_budget_is_there_for_the_next_operation(
+    store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis, eventually: Eventually
+) -> None:
+    """Otherwise a small budget and a password would keep a dispatcher from Redis for ever."""
+    client.acl_setuser("slow", enabled=True, passwords="+secret", keys=["*"], commands=["+@all"])
+    with closing(Store(Settings(url=redis_server.url, pool="p", budget_ms=10_000))) as quick:
+        quick.run(JOIN)  # so that Redis knows the script
+    with named(redis_server.port, delay_s=0.4) as name:
+        subject = store(f"redis://slow:secret@127.0.0.1:{name.port}/1", budget_ms=700, tries=1)
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="within 700 ms"):
+            subject.run(JOIN)
+        assert time.monotonic() - began < 0.7 + SLACK_S
+
+        def is_there() -> bool:
+            with contextlib.suppress(StoreUnavailable):
+                return bool(subject.run(JOIN).epoch > 0)
+            return False
+
+        eventually(is_there, "the connection that the first operation has begun to open is open", within_s=20)
+    client.acl_deluser("slow")
+    client.flushall()
