@@ -1,7 +1,7 @@
 """One request's way: read what it asks for, place it, send it, pass the answer on, end its booking.
 
-Until the answer's first byte another rank or engine may be tried, within the retry budget; after it, what happens is
-passed on as it is: a broken answer breaks off at the client too.
+Until the first byte of the answer's body another rank or engine may be tried, within the retry budget; after it, what
+happens is passed on as it is: a broken answer breaks off at the client too.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Exchange:
                 answer = await connection.send(data, request.method == "HEAD", self._desk.options.first_byte_s)
             except UpstreamError as error:
                 connection.give_back()
-                if not is_reused or error.is_late or connection.has_more:
+                if not is_reused or error.is_late or connection.has_begun:
                     raise
                 fresh = True
             except BaseException:
@@ -287,12 +287,13 @@ class Exchange:
             request.keep_alive = False
         head = self._head_for(attempt, answer, unchunk)
         client.on_pause, client.on_resume = connection.pause, connection.resume
+        idle_s = desk.options.stream_idle_s
         try:
-            if connection.has_more and not unchunk:  # what came with the head goes out with it: one write, one packet
-                ended = connection.relay(self._sink(head))
+            if connection.has_more and not unchunk:  # its first bytes go out with the head: one write, one packet
+                ended = connection.relay(self._sink(head), idle_s=idle_s)
             else:
                 client.write(head)
-                ended = connection.relay(self._sink(), plain=unchunk)
+                ended = connection.relay(self._sink(), plain=unchunk, idle_s=idle_s)
             await ended
         except UpstreamError as error:
             entry.ended = "cut"
