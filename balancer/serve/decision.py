@@ -7,7 +7,8 @@
 `authorize` makes the request's id of X-Request-Id and a suffix, since clients may send one and the same, and says it in
 X-Balancer-Request-Id: that is what to release. It takes the tokens from X-Balancer-Tokens, else from the body where the
 proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
-Content-Length). A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
+Content-Length). X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an
+engine. A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
         (b"X-Balancer-Rank", placement.rank.encode()),
         (b"X-Balancer-Address", engine.address.encode()),
     ]
+    if desk.options.api_keys or desk.options.engine_key:
+        headers.append((b"X-Balancer-Keeps-Key", b"1"))
     return 200, headers, b""
 
 
