@@ -18,7 +18,7 @@ from balancer.serve.options import Engine, EngineKind, Options
 from balancer.serve.retries import RetryBudget
 from balancer.serve.stand_in import StandIn
 from balancer.serve.tokens import TokenCounter
-from balancer.serve.upstream import Pool
+from balancer.serve.upstream_pool import Pool
 from balancer.settings import Settings
 
 log = logging.getLogger("balancer.serve")
@@ -95,3 +95,7 @@ class Desk:
     def has_other(self, failed: Set[str]) -> bool:
         """Whether there is another engine to try than those of these ranks."""
         return any(target.stand_in.answers and target.engine.ranks[0] not in failed for target in self.targets)
+
+    def close_kept(self) -> bool:
+        """End engines' connections that are kept for later, where open files have run out; whether there were any."""
+        return sum(target.pool.close() for target in self.targets) > 0

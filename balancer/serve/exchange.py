@@ -123,6 +123,12 @@ class Exchange:
             try:
                 connection, answer = await self._send(attempt)
             except UpstreamError as error:
+                if error.is_ours:
+                    if desk.close_kept() and not is_last:
+                        await self._unbook()
+                        continue
+                    log.warning("request=%s cannot be sent: %s", self._request_id, error)
+                    return self._refuse(503, "this replica has no more open files", "no_open_files")
                 why = error
                 attempt.target.stand_in.suspect(is_certain=not error.connected)
                 failed.update(attempt.target.engine.ranks)

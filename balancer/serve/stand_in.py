@@ -23,7 +23,7 @@ from balancer.model import EngineState, Incarnation, RankCounts, Report
 from balancer.serve.answer import UpstreamError
 from balancer.serve.ending import end
 from balancer.serve.options import Engine
-from balancer.serve.upstream import Pool
+from balancer.serve.upstream_pool import Pool
 from balancer.serve.wire import request_head
 from balancer.settings import Settings
 from balancer.store import AsyncStore
@@ -107,7 +107,9 @@ class StandIn:
                     finally:
                         connection.give_back()
                     return answer.status < 500
-        except (UpstreamError, TimeoutError):
+        except UpstreamError as error:
+            return self.answers and error.is_ours  # then nothing was learned of the engine
+        except TimeoutError:
             pass
         return False
 

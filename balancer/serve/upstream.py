@@ -1,4 +1,4 @@
-"""Connections to engines: one pool for each address, kept alive, TCP_NODELAY.
+"""One connection to an engine: a request goes out, an answer comes in.
 
 An answer's body is not rebuilt: its bytes go to the client as the engine wrote them, chunk sizes, extensions and
 trailers included, in the same loop turn in which they came. All that is read of them is where they end.
@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
-import time
-from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import httptools
 
 from balancer.serve.answer import Answer, UpstreamError
-from balancer.serve.options import Engine
+
+if TYPE_CHECKING:
+    from balancer.serve.upstream_pool import Pool
 
 _MOST_HEAD = 256 * 1024
-_MOST_KEPT = 512
-"""Idle connections kept for one engine."""
-_KEPT_S = 4.0
-"""Shorter than what engines keep idle connections for (uvicorn: 5 s)."""
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))
 """A host that is gone without a word is noticed within about a minute, however long its answer may take."""
 _FORBIDDEN_BODY = frozenset((204, 304))
@@ -297,58 +293,3 @@ class _Chunks(_ChunksEnd):
     def __init__(self, connection: Connection, sink: Callable[[bytes], None]) -> None:
         super().__init__(connection)
         self.on_body = sink
-
-
-class Pool:
-    """The connections to one engine."""
-
-    def __init__(self, engine: Engine, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
-        self.engine = engine
-        self._connect_s = connect_s
-        self._tls = tls
-        self._idle: deque[Connection] = deque()
-
-    async def acquire(self, fresh: bool = False) -> tuple[Connection, bool]:
-        """A connection, and whether it has served before (then the engine may be about to close it)."""
-        now = time.monotonic()
-        while self._idle and not fresh:
-            connection = self._idle.pop()
-            if connection.transport.is_closing():
-                continue
-            if now - connection.idle_since > _KEPT_S:
-                connection.transport.abort()
-                continue
-            return connection, True
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_s):
-                _, made = await loop.create_connection(
-                    lambda: Connection(self),
-                    self.engine.host,
-                    self.engine.port,
-                    ssl=self._tls,
-                    server_hostname=self.engine.host if self._tls else None,
-                )
-        except TimeoutError:
-            raise UpstreamError(f"no connection within {self._connect_s} s", False, is_late=True) from None
-        except OSError as error:
-            raise UpstreamError(f"no connection: {error.strerror or error}", False) from None
-        return made, False
-
-    def keep(self, connection: Connection) -> None:
-        """For another exchange."""
-        if len(self._idle) >= _MOST_KEPT:
-            connection.transport.close()
-            return
-        connection.idle_since = time.monotonic()
-        self._idle.append(connection)
-
-    def lost(self, connection: Connection) -> None:
-        """A connection has ended."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def close(self) -> None:
-        """End those that nobody uses."""
-        while self._idle:
-            self._idle.pop().transport.close()

@@ -25,6 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from balancer.errors import InvalidInput
+from balancer.scripts import load_script, script_names
+from balancer.serve.open_files import fitted
 from balancer.serve.options import Options
 from balancer.settings import Settings
 
@@ -56,6 +58,9 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
     """Serve until SIGINT or SIGTERM; `ready` is called with the port: by one replica when it has ranks to give or has
     waited for them for a moment, by several processes when the address is theirs."""
     shared = options.workers > 1
+    options = replace(options, limits=fitted(options.limits, len(options.engines)))
+    for name in script_names():
+        load_script(name)  # while there are open files
     sock = bound(options.host, options.port, shared)
     port = sock.getsockname()[1]
     if not shared:
