@@ -6,7 +6,8 @@ size, so whoever joins second gets the first one's epoch) and one and the same r
 repeated renews the engine's lease and changes nothing. The engine's load is then its bookings, which the replicas keep
 until the answer ends. When no replica reaches it any more its lease ends, as with a hook.
 
-An engine that this replica cannot reach, with a hook or without, is avoided by this replica until it answers again.
+An engine that this replica cannot reach, with a hook or without, is avoided by this replica until it answers again. One
+that answers requests is reached, however long its health path takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -32,6 +34,8 @@ log = logging.getLogger("balancer.serve")
 
 _EVERY_S = 1.0
 _PATIENCE_S = 2.0
+_HEARD_S = 3.0
+"""An answer to a request says for so long that the engine lives, whatever its health path says."""
 _STEP = 1
 
 
@@ -48,6 +52,8 @@ class StandIn:
         self.engine = engine
         self.answers = True
         """Whether the engine answered when last asked; believed until it is asked."""
+        self.heard = float("-inf")
+        """When an answer to a request last came from it (`time.monotonic`)."""
         self.has_joined = engine.hooked
         self._pool = pool
         self._settings = settings
@@ -66,6 +72,8 @@ class StandIn:
 
         One that broke off may have met a request that breaks it, which is no reason to turn others away.
         """
+        if is_certain:
+            self.heard = float("-inf")
         if is_certain and self.answers:
             self.answers = False
             log.info("engine=%s url=%s takes no connection: avoided until it does", self.engine.name, self.engine.url)
@@ -79,7 +87,8 @@ class StandIn:
 
     async def _look_after(self) -> None:
         while True:
-            was, self.answers = self.answers, await self._is_alive()
+            is_alive = await self._is_alive()
+            was, self.answers = self.answers, is_alive or time.monotonic() - self.heard < _HEARD_S
             if was != self.answers:
                 word = "answers again" if self.answers else "does not answer: avoided until it does"
                 log.info("engine=%s url=%s %s", self.engine.name, self.engine.url, word)
