@@ -28,6 +28,8 @@ from balancer.errors import InvalidInput
 from balancer.scripts import load_script, script_names
 from balancer.serve.open_files import fitted
 from balancer.serve.options import Options
+from balancer.serve.tls import front_door
+from balancer.serve.tokens import TokenCounter
 from balancer.settings import Settings
 
 log = logging.getLogger("balancer.serve")
@@ -66,6 +68,7 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
     if not shared:
         _run(options, settings, sock, lambda: ready(port))
         return
+    _check(options)
     ready(port)
     samples = tempfile.mkdtemp(prefix="balancer-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = samples
@@ -73,6 +76,12 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
         _watch(replace(options, port=port), settings, sock)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
+
+
+def _check(options: Options) -> None:
+    """Raises `InvalidInput` for what no worker could begin with: it would be started again and again."""
+    front_door(options)
+    TokenCounter(options.tokenizer).close()
 
 
 def _run(
