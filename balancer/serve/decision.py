@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from balancer.errors import BalancerError, InvalidInput, NoRank, NoRankReason
+from balancer.errors import BalancerError, InvalidInput, NoRank
 from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
@@ -122,18 +122,10 @@ async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
 
 
 async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
-    for _ in range(2):
-        placement = await desk.bookings.place(request_id, tokens, desk.avoided())
-        found = desk.target_of(placement)
-        if found is not None:
-            break
-        await desk.bookings.end_now(request_id)
-        await desk.bookings.look()
-    else:
-        raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
+    placement, target, index = await desk.place(request_id, tokens)
     desk.metrics.policy = desk.bookings.policy
     desk.metrics.decided(placement.rank, placement.outcome.value)
-    return placement, found[0].engine, found[1]
+    return placement, target.engine, index
 
 
 def _headers(engine: Engine, path: bytes, index: int, request_id: str) -> wire.Headers:

@@ -134,7 +134,12 @@ class Exchange:
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
                 reason = "broke_off" if error.connected else "no_connection"
-                if is_last or (error.connected and not self._may_repeat) or not desk.retries.spend():
+                if (
+                    is_last
+                    or (error.connected and not self._may_repeat)
+                    or not desk.has_untried(failed)
+                    or not desk.retries.spend()
+                ):
                     break
                 desk.metrics.retried(reason)
                 await self._unbook()
@@ -187,24 +192,14 @@ class Exchange:
         lets_engine_choose = desk.options.redis_away == "engine"
         began = time.monotonic()
         self._booked = True
-        for _ in range(2):
-            try:
-                placement = await bookings.place(self._booking_id, self._counted.tokens, (*desk.avoided(), *failed))
-            except NoRank as error:
-                if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
-                    return self._unplaced(failed)
-                raise
-            found = desk.target_of(placement)
-            if found is not None:
-                break
-            # A rank of an engine that this desk was not told of: see which others there are.
-            await self._unbook()
-            await bookings.look()
-        else:
-            raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
+        try:
+            placement, target, index = await desk.place(self._booking_id, self._counted.tokens, failed)
+        except NoRank as error:
+            if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
+                return self._unplaced(failed)
+            raise
         if lets_engine_choose and placement.outcome is Outcome.FALLBACK:
             return self._unplaced(failed)
-        target, index = found
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
         desk.metrics.observe(desk.metrics.dispatch, entry.placed - began)
@@ -277,6 +272,8 @@ class Exchange:
         entry, client, request, desk = self.entry, self._client, self._request, self._desk
         request.body = b""  # it will not be sent again, and a stream may last for minutes
         entry.status, entry.first_byte = answer.status, time.monotonic()
+        if answer.status < 500:
+            attempt.target.stand_in.heard = entry.first_byte
         desk.metrics.observe(desk.metrics.first_byte, entry.first_byte - entry.began)
         if (
             self._booked

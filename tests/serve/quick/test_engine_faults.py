@@ -137,6 +137,36 @@ def test_an_engine_that_comes_back_is_used_again(
     nothing_booked()
 
 
+def test_an_engine_that_answers_requests_is_alive_however_long_its_health_path_takes(
+    engines: Engines, serve: Serve
+) -> None:
+    """Nobody but the replica speaks for it in the pool: its lease there is 5 s."""
+    engine = engines()
+    replica = serve(engine.url)
+    engine.health_s = 3.0
+    began = time.monotonic()
+    while time.monotonic() - began < 9:
+        assert replica.chat()[0] == 200
+        time.sleep(0.2)
+    engine.down()
+    assert replica.chat()[0] == 502
+    assert replica.request("GET", "/metrics")[0] == 200
+    assert json.loads(replica.request("GET", "/readyz")[2])["engines_answering"] == 0, "one that is dead is not"
+
+
+def test_with_one_engine_a_failed_request_is_no_retry(engines: Engines, serve: Serve, nothing_booked: Wait) -> None:
+    engine = engines(dies)
+    replica = serve(engine.url)
+    for _ in range(15):  # more than the budget of retries
+        status, _, body = replica.chat()
+        assert (status, b"tries" in body) == (502, False)
+    engine.down()
+    assert b"tries" not in replica.chat()[2]
+    metrics = replica.request("GET", "/metrics")[2].decode()
+    assert not [line for line in metrics.splitlines() if line.startswith("balancer_retries_total{")]
+    nothing_booked()
+
+
 def test_an_idle_connection_that_the_engine_has_closed_fails_no_request(engines: Engines, serve: Serve) -> None:
     engine = engines()
     replica = serve(engine.url)
