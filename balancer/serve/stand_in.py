@@ -33,7 +33,8 @@ from balancer.store import AsyncStore
 log = logging.getLogger("balancer.serve")
 
 _EVERY_S = 1.0
-_PATIENCE_S = 2.0
+_PATIENCE_S, _MOST_PATIENCE_S = 2.0, 10.0
+"""For a look: three times what the last one took. One that was silent is avoided already, so it may take its time."""
 _HEARD_S = 3.0
 """An answer to a request says for so long that the engine lives, whatever its health path says."""
 _STEP = 1
@@ -55,6 +56,7 @@ class StandIn:
         self.heard = float("-inf")
         """When an answer to a request last came from it (`time.monotonic`)."""
         self.has_joined = engine.hooked
+        self._patience_s = _PATIENCE_S
         self._pool = pool
         self._settings = settings
         self._store = AsyncStore(settings)
@@ -102,8 +104,9 @@ class StandIn:
 
     async def _is_alive(self) -> bool:
         head = request_head(self.engine, "GET", self.engine.health.encode(), [], [], None)
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 for _ in range(2):
                     connection, is_reused = await self._pool.acquire()
                     try:
@@ -115,11 +118,12 @@ class StandIn:
                         continue
                     finally:
                         connection.give_back()
+                    self._patience_s = min(max(_PATIENCE_S, 3 * (time.monotonic() - began)), _MOST_PATIENCE_S)
                     return answer.status < 500
         except UpstreamError as error:
             return self.answers and error.is_ours  # then nothing was learned of the engine
         except TimeoutError:
-            pass
+            self._patience_s = _MOST_PATIENCE_S
         return False
 
     async def _report(self) -> None:

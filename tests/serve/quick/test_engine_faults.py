@@ -154,6 +154,18 @@ def test_an_engine_that_answers_requests_is_alive_however_long_its_health_path_t
     assert json.loads(replica.request("GET", "/readyz")[2])["engines_answering"] == 0, "one that is dead is not"
 
 
+def test_an_engine_with_a_slow_health_path_is_there_for_whoever_comes_after_a_pause(
+    engines: Engines, serve: Serve
+) -> None:
+    engine = engines()
+    replica = serve(engine.url)
+    engine.health_s = 3.0
+    time.sleep(10)  # its lease has ended once, until somebody had waited long enough for that path
+    for _ in range(10):
+        assert replica.chat()[0] == 200
+        time.sleep(0.5)
+
+
 def test_with_one_engine_a_failed_request_is_no_retry(engines: Engines, serve: Serve, nothing_booked: Wait) -> None:
     engine = engines(dies)
     replica = serve(engine.url)
