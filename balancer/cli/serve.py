@@ -47,6 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-share", type=float, default=0.2, metavar="X", help="retries as a share of requests (default: 0.2)")
     add("--connect-timeout", type=float, default=2.0, metavar="S", help="to an engine (default: 2)")
     add("--first-byte-timeout", type=float, default=600.0, metavar="S", help="for an answer to begin (default: 600)")
+    add("--stream-idle-timeout", type=float, default=600.0, metavar="S", help="between its pieces (default: 600)")
     add(
         "--drain-seconds",
         type=float,
@@ -76,7 +77,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
     for name, least in (("workers", 1), ("tries", 1), ("max_body", 1), ("max_bodies", 1), ("max_connections", 1)):
         if getattr(arguments, name) < least:
             raise InvalidInput(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("connect_timeout", "first_byte_timeout", "idle_timeout", "read_timeout"):
+    for name in ("connect_timeout", "first_byte_timeout", "stream_idle_timeout", "idle_timeout", "read_timeout"):
         if not getattr(arguments, name) > 0:
             raise InvalidInput(f"--{name.replace('_', '-')} must be above 0")
     for name in ("drain_seconds", "stop_timeout"):
@@ -105,6 +106,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
         redis_away=arguments.redis_away,
         connect_s=arguments.connect_timeout,
         first_byte_s=arguments.first_byte_timeout,
+        stream_idle_s=arguments.stream_idle_timeout,
         retry_share=arguments.retry_share,
         tries=arguments.tries,
         drain_s=arguments.drain_seconds,

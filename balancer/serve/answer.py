@@ -6,12 +6,14 @@ from balancer.serve.wire import Headers
 
 
 class UpstreamError(Exception):
-    """The engine did not answer. `connected`: whether it had taken the connection; `is_late`: or not in time."""
+    """The engine did not answer. `connected`: whether it had taken the connection; `is_late`: or not in time;
+    `is_ours`: it was never asked, this process has no more open files."""
 
-    def __init__(self, message: str, connected: bool, is_late: bool = False) -> None:
+    def __init__(self, message: str, connected: bool, is_late: bool = False, is_ours: bool = False) -> None:
         super().__init__(message)
         self.connected = connected
         self.is_late = is_late
+        self.is_ours = is_ours
 
 
 class Answer:

@@ -26,7 +26,6 @@ from balancer.model import MAX_REQUESTS_PER_DISPATCH, MAX_TOKENS, EngineState, O
 from balancer.protocol import MAX_IDS_PER_RELEASE
 from balancer.serve.ending import end
 from balancer.settings import Settings
-from balancer.store import AsyncStore
 
 log = logging.getLogger("balancer.serve")
 
@@ -75,7 +74,6 @@ class Bookings:
         """Whether an engine has been seen in the pool."""
         self.ranks: frozenset[str] = frozenset()
         """Ranks of the pool that may be chosen, as last seen: all but the silent, or all where none else is left."""
-        self._store = AsyncStore(settings)
         self._pool = settings.pool
         self._asked: deque[_Asked] = deque()
         self._under_way = 0
@@ -217,15 +215,16 @@ class Bookings:
             ]
             for start in range(0, len(due), protocol.MAX_IDS_PER_RENEW):
                 part = due[start : start + protocol.MAX_IDS_PER_RENEW]
-                if self.dispatcher.is_falling_back:
-                    continue
-                held = [(request_id, min(opened.tokens, MAX_TOKENS)) for request_id, opened in part]
-                for _, opened in part:
-                    opened.known, opened.due = opened.tokens, now + self.booking_lease_s / 4
+                held = [opened.tokens for _, opened in part]
+                ids = [request_id for request_id, _ in part]
                 try:
-                    await self._store.run(protocol.renew(self._pool, held))
-                except BalancerError as error:
+                    await self.dispatcher.renew(*zip(ids, (min(tokens, MAX_TOKENS) for tokens in held), strict=True))
+                except BalancerError as error:  # a refusal: the same would be refused again
                     log.warning("pool=%s bookings not renewed: %s", self._pool, error)
+                if self.dispatcher.is_falling_back:
+                    continue  # not told: they stay due
+                for (_, opened), tokens in zip(part, held, strict=True):
+                    opened.known, opened.due = tokens, now + self.booking_lease_s / 4
 
     async def look(self) -> None:
         """Read what the pool has agreed on and which ranks it has; an absent Redis leaves it as it was."""
@@ -254,7 +253,6 @@ class Bookings:
             await asyncio.sleep(0.01)
         await end(tuple(self._tasks))
         await self.dispatcher.aclose()
-        await self._store.aclose()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

@@ -7,7 +7,8 @@
 `authorize` makes the request's id of X-Request-Id and a suffix, since clients may send one and the same, and says it in
 X-Balancer-Request-Id: that is what to release. It takes the tokens from X-Balancer-Tokens, else from the body where the
 proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
-Content-Length). A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
+Content-Length). X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an
+engine. A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from balancer.errors import BalancerError, InvalidInput, NoRank, NoRankReason
+from balancer.errors import BalancerError, InvalidInput, NoRank
 from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
@@ -104,6 +105,8 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
         (b"X-Balancer-Rank", placement.rank.encode()),
         (b"X-Balancer-Address", engine.address.encode()),
     ]
+    if desk.options.api_keys or desk.options.engine_key:
+        headers.append((b"X-Balancer-Keeps-Key", b"1"))
     return 200, headers, b""
 
 
@@ -119,18 +122,10 @@ async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
 
 
 async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
-    for _ in range(2):
-        placement = await desk.bookings.place(request_id, tokens, desk.avoided())
-        found = desk.target_of(placement)
-        if found is not None:
-            break
-        await desk.bookings.end_now(request_id)
-        await desk.bookings.look()
-    else:
-        raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
+    placement, target, index = await desk.place(request_id, tokens)
     desk.metrics.policy = desk.bookings.policy
     desk.metrics.decided(placement.rank, placement.outcome.value)
-    return placement, found[0].engine, found[1]
+    return placement, target.engine, index
 
 
 def _headers(engine: Engine, path: bytes, index: int, request_id: str) -> wire.Headers:

@@ -18,7 +18,7 @@ from balancer.serve.options import Engine, EngineKind, Options
 from balancer.serve.retries import RetryBudget
 from balancer.serve.stand_in import StandIn
 from balancer.serve.tokens import TokenCounter
-from balancer.serve.upstream import Pool
+from balancer.serve.upstream_pool import Pool
 from balancer.settings import Settings
 
 log = logging.getLogger("balancer.serve")
@@ -59,9 +59,17 @@ class Desk:
         patient = replace(self.settings, budget_ms=max(self.settings.budget_ms, 1_000))
         return Target(engine, pool, StandIn(engine, pool, patient))
 
-    def target_of(self, placement: Placement) -> tuple[Target, int] | None:
-        """The engine that a placement means and the rank's index behind its address; None for a stranger's."""
-        return self._by_rank.get(placement.rank)
+    async def place(self, request_id: str, tokens: int, failed: tuple[str, ...] = ()) -> tuple[Placement, Target, int]:
+        """A rank for a request, booked: the placement, its engine and the rank's index behind that address. Not one of
+        `failed`. Raises what `Bookings.place` does."""
+        for _ in range(2):
+            placement = await self.bookings.place(request_id, tokens, (*self.avoided(), *failed))
+            if placement.rank in self._by_rank:
+                return placement, *self._by_rank[placement.rank]
+            # A rank of an engine that this desk was not told of: see which others there are.
+            await self.bookings.end_now(request_id)
+            await self.bookings.look()
+        raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
 
     def avoided(self) -> tuple[str, ...]:
         """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
@@ -95,3 +103,11 @@ class Desk:
     def has_other(self, failed: Set[str]) -> bool:
         """Whether there is another engine to try than those of these ranks."""
         return any(target.stand_in.answers and target.engine.ranks[0] not in failed for target in self.targets)
+
+    def has_untried(self, failed: Set[str]) -> bool:
+        """Whether there is one at all, be it that it has not answered lately."""
+        return len(failed) < len(self._by_rank)
+
+    def close_kept(self) -> bool:
+        """End engines' connections that are kept for later, where open files have run out; whether there were any."""
+        return sum(target.pool.close() for target in self.targets) > 0

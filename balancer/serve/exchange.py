@@ -1,7 +1,7 @@
 """One request's way: read what it asks for, place it, send it, pass the answer on, end its booking.
 
-Until the answer's first byte another rank or engine may be tried, within the retry budget; after it, what happens is
-passed on as it is: a broken answer breaks off at the client too.
+Until the first byte of the answer's body another rank or engine may be tried, within the retry budget; after it, what
+happens is passed on as it is: a broken answer breaks off at the client too.
 """
 
 from __future__ import annotations
@@ -123,12 +123,23 @@ class Exchange:
             try:
                 connection, answer = await self._send(attempt)
             except UpstreamError as error:
+                if error.is_ours:
+                    if desk.close_kept() and not is_last:
+                        await self._unbook()
+                        continue
+                    log.warning("request=%s cannot be sent: %s", self._request_id, error)
+                    return self._refuse(503, "this replica has no more open files", "no_open_files")
                 why = error
                 attempt.target.stand_in.suspect(is_certain=not error.connected)
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
                 reason = "broke_off" if error.connected else "no_connection"
-                if is_last or (error.connected and not self._may_repeat) or not desk.retries.spend():
+                if (
+                    is_last
+                    or (error.connected and not self._may_repeat)
+                    or not desk.has_untried(failed)
+                    or not desk.retries.spend()
+                ):
                     break
                 desk.metrics.retried(reason)
                 await self._unbook()
@@ -181,24 +192,14 @@ class Exchange:
         lets_engine_choose = desk.options.redis_away == "engine"
         began = time.monotonic()
         self._booked = True
-        for _ in range(2):
-            try:
-                placement = await bookings.place(self._booking_id, self._counted.tokens, (*desk.avoided(), *failed))
-            except NoRank as error:
-                if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
-                    return self._unplaced(failed)
-                raise
-            found = desk.target_of(placement)
-            if found is not None:
-                break
-            # A rank of an engine that this desk was not told of: see which others there are.
-            await self._unbook()
-            await bookings.look()
-        else:
-            raise NoRank(desk.settings.pool, NoRankReason.ALL_SILENT)
+        try:
+            placement, target, index = await desk.place(self._booking_id, self._counted.tokens, failed)
+        except NoRank as error:
+            if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
+                return self._unplaced(failed)
+            raise
         if lets_engine_choose and placement.outcome is Outcome.FALLBACK:
             return self._unplaced(failed)
-        target, index = found
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
         desk.metrics.observe(desk.metrics.dispatch, entry.placed - began)
@@ -234,7 +235,7 @@ class Exchange:
                 answer = await connection.send(data, request.method == "HEAD", self._desk.options.first_byte_s)
             except UpstreamError as error:
                 connection.give_back()
-                if not is_reused or error.is_late or connection.has_more:
+                if not is_reused or error.is_late or connection.has_begun:
                     raise
                 fresh = True
             except BaseException:
@@ -271,6 +272,8 @@ class Exchange:
         entry, client, request, desk = self.entry, self._client, self._request, self._desk
         request.body = b""  # it will not be sent again, and a stream may last for minutes
         entry.status, entry.first_byte = answer.status, time.monotonic()
+        if answer.status < 500:
+            attempt.target.stand_in.heard = entry.first_byte
         desk.metrics.observe(desk.metrics.first_byte, entry.first_byte - entry.began)
         if (
             self._booked
@@ -287,12 +290,13 @@ class Exchange:
             request.keep_alive = False
         head = self._head_for(attempt, answer, unchunk)
         client.on_pause, client.on_resume = connection.pause, connection.resume
+        idle_s = desk.options.stream_idle_s
         try:
-            if connection.has_more and not unchunk:  # what came with the head goes out with it: one write, one packet
-                ended = connection.relay(self._sink(head))
+            if connection.has_more and not unchunk:  # its first bytes go out with the head: one write, one packet
+                ended = connection.relay(self._sink(head), idle_s=idle_s)
             else:
                 client.write(head)
-                ended = connection.relay(self._sink(), plain=unchunk)
+                ended = connection.relay(self._sink(), plain=unchunk, idle_s=idle_s)
             await ended
         except UpstreamError as error:
             entry.ended = "cut"

@@ -157,6 +157,9 @@ class Options:
     """While Redis is away: `last_known` loads, or let the `engine` choose its rank (no rank is sent)."""
     connect_s: float = 2.0
     first_byte_s: float = 600.0
+    """For the first byte of an answer's body; its head alone is none."""
+    stream_idle_s: float = 600.0
+    """For the next byte of an answer that has begun."""
     retry_share: float = 0.2
     """Retries as a share of requests, beside a small reserve."""
     tries: int = 3

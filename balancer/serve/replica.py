@@ -9,12 +9,10 @@ import asyncio
 import hmac
 import logging
 import socket
-import ssl
 import time
 
 import orjson
 
-from balancer.errors import InvalidInput
 from balancer.serve import decision
 from balancer.serve.access_log import Entry
 from balancer.serve.complaint import complaint
@@ -26,6 +24,7 @@ from balancer.serve.front import Client, Server
 from balancer.serve.inbound import Inbound
 from balancer.serve.metrics import CONTENT_TYPE
 from balancer.serve.options import Options
+from balancer.serve.tls import front_door
 from balancer.serve.wire import Headers, safe_request_id
 from balancer.settings import Settings
 
@@ -52,7 +51,7 @@ class Replica(Desk):
         self.bookings.start()
         for target in self.targets:
             target.stand_in.start()
-        await self.server.start(sock, **self._tls())
+        await self.server.start(sock, ssl=front_door(self.options))
         self._gauging = asyncio.create_task(self._gauge())
 
     async def wait_for_ranks(self, within_s: float) -> None:
@@ -77,17 +76,6 @@ class Replica(Desk):
         await self.bookings.stop()
         self.metrics.settle()
         self.tokens.close()
-
-    def _tls(self) -> dict[str, ssl.SSLContext]:
-        options = self.options
-        if not options.cert_file:
-            return {}
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(options.cert_file, options.key_file)
-        except OSError as error:
-            raise InvalidInput(f"the front door's certificate or key cannot be used: {error}") from None
-        return {"ssl": context}
 
     # -- requests
 
@@ -129,7 +117,8 @@ class Replica(Desk):
         away = self.bookings.dispatcher.is_falling_back
         stopping = self.server.draining or self.server.stopping
         ready = path == b"/healthz" or (reachable > 0 and not stopping)
-        if path == b"/readyz" and not self.bookings.is_pool_known and not away:
+        may_not_place = not self.bookings.is_pool_known and not (away and self.options.redis_away == "engine")
+        if path == b"/readyz" and may_not_place:
             ready = False
         fields = {
             "status": "ok" if ready else "stopping" if stopping else "not_ready",

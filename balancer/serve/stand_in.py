@@ -6,7 +6,8 @@ size, so whoever joins second gets the first one's epoch) and one and the same r
 repeated renews the engine's lease and changes nothing. The engine's load is then its bookings, which the replicas keep
 until the answer ends. When no replica reaches it any more its lease ends, as with a hook.
 
-An engine that this replica cannot reach, with a hook or without, is avoided by this replica until it answers again.
+An engine that this replica cannot reach, with a hook or without, is avoided by this replica until it answers again. One
+that answers requests is reached, however long its health path takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -23,7 +25,7 @@ from balancer.model import EngineState, Incarnation, RankCounts, Report
 from balancer.serve.answer import UpstreamError
 from balancer.serve.ending import end
 from balancer.serve.options import Engine
-from balancer.serve.upstream import Pool
+from balancer.serve.upstream_pool import Pool
 from balancer.serve.wire import request_head
 from balancer.settings import Settings
 from balancer.store import AsyncStore
@@ -31,7 +33,10 @@ from balancer.store import AsyncStore
 log = logging.getLogger("balancer.serve")
 
 _EVERY_S = 1.0
-_PATIENCE_S = 2.0
+_PATIENCE_S, _MOST_PATIENCE_S = 2.0, 10.0
+"""For a look: three times what the last one took. One that was silent is avoided already, so it may take its time."""
+_HEARD_S = 3.0
+"""An answer to a request says for so long that the engine lives, whatever its health path says."""
 _STEP = 1
 
 
@@ -48,7 +53,10 @@ class StandIn:
         self.engine = engine
         self.answers = True
         """Whether the engine answered when last asked; believed until it is asked."""
+        self.heard = float("-inf")
+        """When an answer to a request last came from it (`time.monotonic`)."""
         self.has_joined = engine.hooked
+        self._patience_s = _PATIENCE_S
         self._pool = pool
         self._settings = settings
         self._store = AsyncStore(settings)
@@ -66,6 +74,8 @@ class StandIn:
 
         One that broke off may have met a request that breaks it, which is no reason to turn others away.
         """
+        if is_certain:
+            self.heard = float("-inf")
         if is_certain and self.answers:
             self.answers = False
             log.info("engine=%s url=%s takes no connection: avoided until it does", self.engine.name, self.engine.url)
@@ -79,7 +89,8 @@ class StandIn:
 
     async def _look_after(self) -> None:
         while True:
-            was, self.answers = self.answers, await self._is_alive()
+            is_alive = await self._is_alive()
+            was, self.answers = self.answers, is_alive or time.monotonic() - self.heard < _HEARD_S
             if was != self.answers:
                 word = "answers again" if self.answers else "does not answer: avoided until it does"
                 log.info("engine=%s url=%s %s", self.engine.name, self.engine.url, word)
@@ -93,8 +104,9 @@ class StandIn:
 
     async def _is_alive(self) -> bool:
         head = request_head(self.engine, "GET", self.engine.health.encode(), [], [], None)
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 for _ in range(2):
                     connection, is_reused = await self._pool.acquire()
                     try:
@@ -106,9 +118,12 @@ class StandIn:
                         continue
                     finally:
                         connection.give_back()
+                    self._patience_s = min(max(_PATIENCE_S, 3 * (time.monotonic() - began)), _MOST_PATIENCE_S)
                     return answer.status < 500
-        except (UpstreamError, TimeoutError):
-            pass
+        except UpstreamError as error:
+            return self.answers and error.is_ours  # then nothing was learned of the engine
+        except TimeoutError:
+            self._patience_s = _MOST_PATIENCE_S
         return False
 
     async def _report(self) -> None:

@@ -1,4 +1,4 @@
-"""Connections to engines: one pool for each address, kept alive, TCP_NODELAY.
+"""One connection to an engine: a request goes out, an answer comes in.
 
 An answer's body is not rebuilt: its bytes go to the client as the engine wrote them, chunk sizes, extensions and
 trailers included, in the same loop turn in which they came. All that is read of them is where they end.
@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
-import time
-from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import httptools
 
 from balancer.serve.answer import Answer, UpstreamError
-from balancer.serve.options import Engine
+
+if TYPE_CHECKING:
+    from balancer.serve.upstream_pool import Pool
 
 _MOST_HEAD = 256 * 1024
-_MOST_KEPT = 512
-"""Idle connections kept for one engine."""
-_KEPT_S = 4.0
-"""Shorter than what engines keep idle connections for (uvicorn: 5 s)."""
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))
 """A host that is gone without a word is noticed within about a minute, however long its answer may take."""
 _FORBIDDEN_BODY = frozenset((204, 304))
+_LOOKS = 8
+"""A silence is noticed by so many looks at it: to an eighth, for one number set for each piece."""
 
 
 class Connection(asyncio.Protocol):
@@ -42,7 +40,9 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._buffer = b""
         self._head: asyncio.Future[Answer] | None = None
+        self._told: Answer | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._silent_looks = 0
         self._done: asyncio.Future[None] | None = None
         self._sink: Callable[[bytes], None] | None = None
         self._parser: httptools.HttpResponseParser | None = None
@@ -63,9 +63,10 @@ class Connection(asyncio.Protocol):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, data: bytes, no_body: bool, within_s: float | None = None) -> asyncio.Future[Answer]:
-        """Send a request; the future is its answer's head, or `UpstreamError` where it does not come in time.
+        """Send a request; the future is its answer's head, or `UpstreamError` where the answer does not come in time.
 
-        `no_body`: the method is HEAD.
+        A head is held until a body's first byte: servers write it before the engine has begun. `no_body`: the method is
+        HEAD.
         """
         self._reset()
         self.is_used = True
@@ -81,7 +82,7 @@ class Connection(asyncio.Protocol):
             self._answered(UpstreamError(f"no answer within {within_s:g} s", True, is_late=True))
 
     def _answered(self, answer: Answer | UpstreamError) -> None:
-        """The head has come, or will not."""
+        """The answer has begun, or will not."""
         assert self._head is not None
         if self._timer is not None:
             self._timer.cancel()
@@ -91,14 +92,22 @@ class Connection(asyncio.Protocol):
             self._head.set_result(answer)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything of an answer has come."""
+        return self._told is not None or bool(self._buffer)
+
+    @property
     def has_more(self) -> bool:
         """Whether some of the answer's body has come with its head, and is its body's."""
         return bool(self._buffer) and not self._no_body and self._left != 0
 
-    def relay(self, sink: Callable[[bytes], None], plain: bool = False) -> asyncio.Future[None]:
+    def relay(
+        self, sink: Callable[[bytes], None], plain: bool = False, idle_s: float | None = None
+    ) -> asyncio.Future[None]:
         """Give the body to `sink`, what has come of it at once; the future is its end.
 
-        The bytes are as on the wire, or, `plain`, without the chunks' sizes. Raises `UpstreamError` by the future.
+        The bytes are as on the wire, or, `plain`, without the chunks' sizes. Raises `UpstreamError` by the future,
+        where nothing has come for `idle_s` too.
         """
         self._done = self._loop.create_future()
         self._sink = sink
@@ -117,20 +126,40 @@ class Connection(asyncio.Protocol):
             self._end()
         elif data:
             self._body(data)
-        if self._lost is not None and not self._done.done():
-            self._fail(self._lost)
+        if not self._done.done():
+            if self._is_whole:
+                self._end()
+            elif self._lost is not None:
+                self._fail(self._lost)
+            elif idle_s is not None:
+                self._listen(idle_s)
         return self._done
+
+    def _listen(self, idle_s: float) -> None:
+        """Look at the silence; while reading is paused it is the client's."""
+        if self._done is None or self._done.done():
+            return
+        if self._silent_looks >= _LOOKS:
+            self._fail(UpstreamError(f"the engine has been silent for {idle_s:g} s", True, is_late=True))
+            return
+        self._silent_looks = self._silent_looks + 1 if self.transport.is_reading() else 0
+        self._timer = self._loop.call_later(idle_s / _LOOKS, self._listen, idle_s)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
         if self._done is not None and not self._done.done():
+            self._silent_looks = 0
             self._body(data)
         elif self._head is None or self._is_whole:
             self.transport.abort()  # nobody asked
         else:
             self._buffer += data
-            if not self._head.done():
+            if self._head.done():
+                return
+            if self._told is None:
                 self._read_head()
+            else:
+                self._answered(self._told)
 
     def eof_received(self) -> bool:
         """The engine has ended: so has an answer without a length."""
@@ -140,16 +169,19 @@ class Connection(asyncio.Protocol):
         """The engine is gone."""
         self._pool.lost(self)
         error = UpstreamError(f"the engine closed the connection{f': {exc}' if exc else ''}", True)
+        is_end = exc is None and self._ends_by_close
+        if is_end:
+            self._keeps, self._is_whole = False, True
         if self._head is not None and not self._head.done():
-            self._answered(error)
+            self._answered(self._told if is_end and self._told is not None else error)
         elif self._done is not None and not self._done.done():
-            if self._left is None and self._parser is None and exc is None:
-                self._keeps = False
-                self._end()
-            else:
-                self._fail(error)
+            self._end() if is_end else self._fail(error)
         else:
             self._lost = error
+
+    @property
+    def _ends_by_close(self) -> bool:
+        return self._told is not None and self._left is None and not self._chunked_head and not self._no_body
 
     def pause(self) -> None:
         """Read no more for now."""
@@ -164,7 +196,7 @@ class Connection(asyncio.Protocol):
     def give_back(self) -> None:
         """The exchange is over: kept for another one if the answer was whole, else closed."""
         self._head = None
-        if self._timer is not None:  # the client went before there was an answer
+        if self._timer is not None:  # the client went before there was an answer, or the answer has ended
             self._timer.cancel()
         if self._is_whole and self._keeps and not self.transport.is_closing():
             if not self.transport.is_reading():
@@ -186,7 +218,9 @@ class Connection(asyncio.Protocol):
             if 100 <= answer.status < 200 and answer.status != 101:
                 continue
             self._prepare(answer, head)
-            self._answered(answer)
+            self._told = answer
+            if self._buffer or self._no_body or self._left == 0:
+                self._answered(answer)
             return
         if len(self._buffer) > _MOST_HEAD:
             self._answered(UpstreamError("the head of the engine's answer has no end", True))
@@ -259,58 +293,3 @@ class _Chunks(_ChunksEnd):
     def __init__(self, connection: Connection, sink: Callable[[bytes], None]) -> None:
         super().__init__(connection)
         self.on_body = sink
-
-
-class Pool:
-    """The connections to one engine."""
-
-    def __init__(self, engine: Engine, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
-        self.engine = engine
-        self._connect_s = connect_s
-        self._tls = tls
-        self._idle: deque[Connection] = deque()
-
-    async def acquire(self, fresh: bool = False) -> tuple[Connection, bool]:
-        """A connection, and whether it has served before (then the engine may be about to close it)."""
-        now = time.monotonic()
-        while self._idle and not fresh:
-            connection = self._idle.pop()
-            if connection.transport.is_closing():
-                continue
-            if now - connection.idle_since > _KEPT_S:
-                connection.transport.abort()
-                continue
-            return connection, True
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_s):
-                _, made = await loop.create_connection(
-                    lambda: Connection(self),
-                    self.engine.host,
-                    self.engine.port,
-                    ssl=self._tls,
-                    server_hostname=self.engine.host if self._tls else None,
-                )
-        except TimeoutError:
-            raise UpstreamError(f"no connection within {self._connect_s} s", False, is_late=True) from None
-        except OSError as error:
-            raise UpstreamError(f"no connection: {error.strerror or error}", False) from None
-        return made, False
-
-    def keep(self, connection: Connection) -> None:
-        """For another exchange."""
-        if len(self._idle) >= _MOST_KEPT:
-            connection.transport.close()
-            return
-        connection.idle_since = time.monotonic()
-        self._idle.append(connection)
-
-    def lost(self, connection: Connection) -> None:
-        """A connection has ended."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def close(self) -> None:
-        """End those that nobody uses."""
-        while self._idle:
-            self._idle.pop().transport.close()

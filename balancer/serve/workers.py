@@ -25,7 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from balancer.errors import InvalidInput
+from balancer.scripts import load_script, script_names
+from balancer.serve.open_files import fitted
 from balancer.serve.options import Options
+from balancer.serve.tls import front_door
+from balancer.serve.tokens import TokenCounter
 from balancer.settings import Settings
 
 log = logging.getLogger("balancer.serve")
@@ -56,11 +60,15 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
     """Serve until SIGINT or SIGTERM; `ready` is called with the port: by one replica when it has ranks to give or has
     waited for them for a moment, by several processes when the address is theirs."""
     shared = options.workers > 1
+    options = replace(options, limits=fitted(options.limits, len(options.engines)))
+    for name in script_names():
+        load_script(name)  # while there are open files
     sock = bound(options.host, options.port, shared)
     port = sock.getsockname()[1]
     if not shared:
         _run(options, settings, sock, lambda: ready(port))
         return
+    _check(options)
     ready(port)
     samples = tempfile.mkdtemp(prefix="balancer-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = samples
@@ -68,6 +76,12 @@ def serve(options: Options, settings: Settings, ready: Callable[[int], None]) ->
         _watch(replace(options, port=port), settings, sock)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
+
+
+def _check(options: Options) -> None:
+    """Raises `InvalidInput` for what no worker could begin with: it would be started again and again."""
+    front_door(options)
+    TokenCounter(options.tokenizer).close()
 
 
 def _run(

@@ -32,11 +32,11 @@ def serve(
     """Start a replica: `serve("http://127.0.0.1:8000", "--option", "value")`; engines first, then options."""
     with ExitStack() as stack:
 
-        def start(*words: str, **env: str) -> Replica:
+        def start(*words: str, files: tuple[int, int] | None = None, **env: str) -> Replica:
             engines = [word for word in words if word.startswith("http")]
             options = [word for word in words if not word.startswith("http")]
             log = tmp_path / f"replica-{len(list(tmp_path.iterdir()))}.log"
-            return stack.enter_context(Replica(redis_server.url, engines, *options, log=log, **env))
+            return stack.enter_context(Replica(redis_server.url, engines, *options, log=log, files=files, **env))
 
         yield start
         for log in tmp_path.glob("replica-*.log") if request.config.getoption("capture") != "no" else ():

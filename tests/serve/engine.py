@@ -74,6 +74,7 @@ class Engine:
         self.pace_s = pace_s
         self.reporter = reporter
         self.is_healthy = True
+        self.health_s = 0.0
         self.seen: list[Exchange] = []
         self.left = 0
         self.open = 0
@@ -163,6 +164,7 @@ class Engine:
 
     async def _tell_health(self, exchange: Exchange) -> None:
         models = {"object": "list", "data": [{"id": "tiny", "object": "model", "owned_by": "tests"}]}
+        await asyncio.sleep(self.health_s)
         await exchange.respond(200 if self.is_healthy else 503, models)
 
     async def _answer(self, exchange: Exchange, reader: asyncio.StreamReader) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -25,9 +26,17 @@ def free_port() -> int:
 
 
 class Replica:
-    """`balancer serve` before `engines` (each as the command line takes it), ready."""
+    """`balancer serve` before `engines` (each as the command line takes it), ready; `files`: its limits (ulimit -n)."""
 
-    def __init__(self, redis_url: str, engines: Sequence[str], *options: str, log: Path, **env: str) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        engines: Sequence[str],
+        *options: str,
+        log: Path,
+        files: tuple[int, int] | None = None,
+        **env: str,
+    ) -> None:
         self.port = free_port()
         self.log = log
         command = [sys.executable, "-m", "balancer.cli", "serve", "--pool", "p", "--port", str(self.port)]
@@ -36,7 +45,13 @@ class Replica:
             command += ["--engine", engine]
         environment = os.environ | {"DP_BALANCER_URL": redis_url, "DP_BALANCER_BUDGET_MS": "2000"} | env
         with log.open("ab") as out:
-            self.process = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
+            self.process = subprocess.Popen(
+                [*command, *options],
+                stdout=out,
+                stderr=out,
+                env=environment,
+                preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files)) if files else None,
+            )
         deadline = time.monotonic() + READY_S
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -127,6 +127,25 @@ async def test_growth_is_told_at_once_where_it_is_much_and_with_the_lease_where_
     await until(lambda: told("long") == 12_000, "a fifth cannot", within_s=2)
 
 
+async def test_growth_that_an_absent_redis_was_not_told_is_told_at_its_return(
+    join: Join, settings: Settings, client: redis.Redis
+) -> None:
+    join("e", 1)
+    bookings = Bookings(replace(settings, probe_ms=100))
+    bookings.start()
+    try:
+        opened = bookings.watch(await bookings.place("open", 10), is_counted=True)
+        assert opened
+        client.execute_command("CLIENT", "PAUSE", "3000", "ALL")
+        opened.tokens = 60
+        await until(lambda: bookings.dispatcher.is_falling_back, "the renewal has failed")
+        assert opened.known == 10
+        field = str(in_flight_id("open"))
+        await until(lambda: str(client.hget("dpb:{p}:bookings", field)).split(" ")[1] == "60", "it is told", within_s=5)
+    finally:
+        await bookings.stop()
+
+
 async def test_a_booking_that_has_outgrown_the_most_tokens_keeps_no_other_from_being_renewed(
     join: Join, bookings: Bookings, admin: PoolAdmin
 ) -> None:

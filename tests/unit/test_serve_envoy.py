@@ -135,3 +135,32 @@ async def test_a_refusal_keeps_its_meaning_behind_envoy(settings: Settings, join
         assert (full.status, full.json()["error"]["code"], full.headers["retry-after"]) == (429, "all_full", "1")
         wrong = await ask(port, "/v1/completions", raw=b"no json")
         assert (wrong.status, wrong.json()["error"]["code"]) == (400, "invalid_body")
+
+
+@pytest.mark.parametrize("key", ["Authorization: Bearer secret", "X-Api-Key: secret"])
+async def test_with_a_key_on_the_replica_bookings_are_released_and_engines_do_not_get_it(
+    key: str, settings: Settings, client: redis.Redis, tmp_path: Path
+) -> None:
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2", api_keys=("secret",)) as (_, behind),
+        envoy(behind, tmp_path) as port,
+    ):
+        assert (await ask(port, "/v1/completions", COMPLETIONS)).status == 401
+        for _ in range(4):
+            assert (await ask(port, "/v1/completions", COMPLETIONS, headers=f"{key}\r\n")).status == 200
+        assert len(posts(engine)) == 4
+        assert not any({"authorization", "x-api-key"} & headers.keys() for headers in posts(engine))
+        await until(lambda: in_flight(client) == 0, "the key came along to release them")
+
+
+async def test_without_one_a_clients_key_is_the_engines(settings: Settings, tmp_path: Path) -> None:
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2") as (_, behind),
+        envoy(behind, tmp_path) as port,
+    ):
+        keys = "Authorization: Bearer theirs\r\nX-Api-Key: theirs\r\n"
+        assert (await ask(port, "/v1/completions", COMPLETIONS, headers=keys)).status == 200
+        (headers,) = posts(engine)
+        assert (headers["authorization"], headers["x-api-key"]) == ("Bearer theirs", "theirs")

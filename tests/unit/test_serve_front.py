@@ -14,7 +14,8 @@ from balancer.serve.answer import UpstreamError
 from balancer.serve.front import Client, Server
 from balancer.serve.inbound import HeldBytes, Inbound, RequestReader
 from balancer.serve.options import Engine, Limits
-from balancer.serve.upstream import Connection, Pool
+from balancer.serve.upstream import Connection
+from balancer.serve.upstream_pool import Pool
 from tests.unit.serve_cast import until
 
 LARGE = bytes(16 << 20)

@@ -19,6 +19,7 @@ from balancer import PoolAdmin, RankCounts, Reporter, Settings, in_flight_id
 from balancer.serve.mock import MockEngine
 from balancer.serve.options import Limits
 from balancer.serve.replica import Replica
+from balancer.serve.workers import bound
 from tests.unit.serve_cast import HOST, Answer, ask, mock_engine, read_answer, replica, until
 
 Join = Callable[..., Reporter]
@@ -407,6 +408,18 @@ async def test_ready_means_that_there_is_somebody_to_send_to(settings: Settings,
         join("e", 1)
         await until(lambda: made.bookings.is_pool_known, "the engine is known")
         assert (await ask(port, "/readyz")).status == 200
+
+
+@pytest.mark.parametrize(("redis_away", "status"), [("last_known", 503), ("engine", 200)])
+async def test_without_redis_ready_means_that_requests_are_answered(redis_away: str, status: int) -> None:
+    """One that has never seen a rank has none to fall back on, and is not ready once it has noticed that."""
+    with contextlib.closing(bound(HOST, 0)) as nobody:
+        alone = Settings(url=f"redis://{HOST}:{nobody.getsockname()[1]}/0", pool="p", budget_ms=200)
+        async with mock_engine() as (_, at), replica(alone, word(at), ready=False, redis_away=redis_away) as (_, port):
+            assert (await ask(port, "/readyz")).status == 503
+            assert (await ask(port, COMPLETIONS, {"prompt": "hi"})).status == status
+            answer = await ask(port, "/readyz")
+            assert (answer.status, answer.json()["redis"]) == (status, "away")
 
 
 async def test_the_access_log_says_who_where_and_how_long_but_never_what(

@@ -171,3 +171,15 @@ def test_a_port_that_is_taken_is_said(redis_server: EmbeddedRedis) -> None:
     done = subprocess.run([*command, "--port", str(redis_server.port)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "cannot listen" in done.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("words", [("--tls-cert", "none.pem", "--tls-key", "none.pem"), ("--tokenizer", "none.json")])
+def test_what_no_worker_could_begin_with_is_said_before_one_begins(
+    redis_server: EmbeddedRedis, client: object, workers: str, words: tuple[str, ...]
+) -> None:
+    command = [sys.executable, "-m", "balancer.cli", "serve", "--port", "0", "--url", redis_server.url, "--pool", "p"]
+    command += ["--engine", "http://127.0.0.1:1", "--workers", workers, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words[0] in done.stderr or "certificate" in done.stderr

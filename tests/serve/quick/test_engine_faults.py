@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serve.engine import Engine, Exchange
+from tests.serve.engine import Engine, Exchange, Script
 from tests.serve.replica import Replica, is_openai_error, post
 
 Engines = Callable[..., Engine]
@@ -39,6 +39,27 @@ async def dies_in_the_stream(exchange: Exchange) -> None:
 async def hangs(exchange: Exchange) -> None:
     """Never answers."""
     await asyncio.sleep(600)
+
+
+async def begins_and_hangs(exchange: Exchange) -> None:
+    """The answer's head at once, as uvicorn writes it before vLLM has prefilled anything; then nothing."""
+    await exchange.begin_stream()
+    await hangs(exchange)
+
+
+async def begins_and_dies(exchange: Exchange) -> None:
+    """The answer's head, then its end."""
+    await exchange.begin_stream()
+    await asyncio.sleep(0.05)
+    await dies(exchange)
+
+
+async def falls_silent(exchange: Exchange) -> None:
+    """Three events, and then none, on a connection that stays."""
+    await exchange.begin_stream()
+    for number in range(3):
+        await exchange.event({"n": number})
+    await hangs(exchange)
 
 
 def test_an_engine_that_refuses_connections_is_passed_over(
@@ -116,6 +137,48 @@ def test_an_engine_that_comes_back_is_used_again(
     nothing_booked()
 
 
+def test_an_engine_that_answers_requests_is_alive_however_long_its_health_path_takes(
+    engines: Engines, serve: Serve
+) -> None:
+    """Nobody but the replica speaks for it in the pool: its lease there is 5 s."""
+    engine = engines()
+    replica = serve(engine.url)
+    engine.health_s = 3.0
+    began = time.monotonic()
+    while time.monotonic() - began < 9:
+        assert replica.chat()[0] == 200
+        time.sleep(0.2)
+    engine.down()
+    assert replica.chat()[0] == 502
+    assert replica.request("GET", "/metrics")[0] == 200
+    assert json.loads(replica.request("GET", "/readyz")[2])["engines_answering"] == 0, "one that is dead is not"
+
+
+def test_an_engine_with_a_slow_health_path_is_there_for_whoever_comes_after_a_pause(
+    engines: Engines, serve: Serve
+) -> None:
+    engine = engines()
+    replica = serve(engine.url)
+    engine.health_s = 3.0
+    time.sleep(10)  # its lease has ended once, until somebody had waited long enough for that path
+    for _ in range(10):
+        assert replica.chat()[0] == 200
+        time.sleep(0.5)
+
+
+def test_with_one_engine_a_failed_request_is_no_retry(engines: Engines, serve: Serve, nothing_booked: Wait) -> None:
+    engine = engines(dies)
+    replica = serve(engine.url)
+    for _ in range(15):  # more than the budget of retries
+        status, _, body = replica.chat()
+        assert (status, b"tries" in body) == (502, False)
+    engine.down()
+    assert b"tries" not in replica.chat()[2]
+    metrics = replica.request("GET", "/metrics")[2].decode()
+    assert not [line for line in metrics.splitlines() if line.startswith("balancer_retries_total{")]
+    nothing_booked()
+
+
 def test_an_idle_connection_that_the_engine_has_closed_fails_no_request(engines: Engines, serve: Serve) -> None:
     engine = engines()
     replica = serve(engine.url)
@@ -158,6 +221,90 @@ def test_an_engine_that_answers_too_late_ends_in_an_error_in_openais_shape(
     assert is_openai_error(body)
     eventually(lambda: engine.open == 0, "the late request is cancelled at the engine")
     nothing_booked()
+
+
+@pytest.mark.parametrize("prefill", [begins_and_hangs, begins_and_dies])
+def test_an_engine_that_fails_behind_its_head_costs_the_client_nothing(
+    prefill: Script, engines: Engines, serve: Serve, nothing_booked: Wait
+) -> None:
+    """A head is no token yet: until the body begins, timer and retries are those of before the first byte."""
+    failing, alive = engines(prefill), engines()
+    replica = serve(failing.url, alive.url, "--first-byte-timeout", "1")
+    answers = [replica.chat(stream=True) for _ in range(4)]
+    assert [status for status, _, _ in answers] == [200] * 4
+    assert all(body.endswith(b"data: [DONE]\n\n") for _, _, body in answers)
+    assert failing.seen, "it was asked"
+    nothing_booked()
+
+
+def test_a_head_alone_in_front_of_nothing_is_an_error_and_soon(
+    engines: Engines, serve: Serve, nothing_booked: Wait, eventually: Callable[..., None]
+) -> None:
+    engine = engines(begins_and_hangs)
+    replica = serve(engine.url, "--first-byte-timeout", "0.5")
+    status, _, body = replica.chat(stream=True)
+    assert status == 504
+    assert is_openai_error(body)
+    eventually(lambda: engine.open == 0, "the late request is cancelled at the engine")
+    nothing_booked()
+
+
+def test_a_stream_that_falls_silent_breaks_off_and_frees_what_it_held(
+    engines: Engines, serve: Serve, nothing_booked: Wait, eventually: Callable[..., None]
+) -> None:
+    engine = engines(falls_silent)
+    replica = serve(engine.url, "--stream-idle-timeout", "1")
+    with replica.raw(post(b'{"messages": [], "stream": true}')) as raw:
+        began = time.monotonic()
+        seen = raw.all()
+    assert 0.9 < time.monotonic() - began < 5
+    assert seen.count(b'"n"') == 3, "what the engine had said has arrived"
+    assert not seen.endswith(b"0\r\n\r\n"), "the end of a torn stream must not look like the end of a whole one"
+    eventually(lambda: engine.open == 0, "the silent request is cancelled at the engine")
+    nothing_booked()
+
+
+def test_a_slow_stream_and_a_client_that_pauses_are_not_taken_for_silence(
+    engines: Engines, serve: Serve, nothing_booked: Wait
+) -> None:
+    """Each piece begins the time anew; while nobody reads, the silence is not the engine's."""
+    slow = engines(pace_s=0.4)
+    replica = serve(slow.url, "--stream-idle-timeout", "1")
+    assert replica.chat(stream=True)[2].endswith(b"data: [DONE]\n\n"), "eight tokens in 3.2 s"
+
+    async def floods(exchange: Exchange) -> None:
+        await exchange.begin_stream()
+        for _ in range(300):
+            await exchange.event({"filler": "x" * 65_536})
+        await exchange.event("[DONE]")
+        await exchange.end_stream()
+
+    slow.script = floods
+    with replica.raw(post(b'{"messages": [], "stream": true}', b"Connection: close")) as raw:
+        time.sleep(2.5)
+        assert raw.all().endswith(b"0\r\n\r\n")
+    nothing_booked()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n",
+    ],
+)
+def test_an_answer_without_a_body_waits_for_none(answer: bytes, engines: Engines, serve: Serve) -> None:
+    async def says_nothing(exchange: Exchange) -> None:
+        await exchange.write(answer)
+        if b"close" in answer:
+            exchange.writer.close()
+
+    replica = serve(engines(says_nothing).url, "--first-byte-timeout", "3")
+    began = time.monotonic()
+    assert replica.chat()[::2] == (204 if b"204" in answer else 200, b"")
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(
