@@ -124,10 +124,10 @@ def _load(where: str) -> Any:
     path = Path(where)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        from tokenizers import Tokenizer  # type: ignore[import-not-found, unused-ignore]
+        from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(path))
     except ImportError:
-        raise InvalidInput("--tokenizer needs the package tokenizers: pip install tokenizers") from None
+        raise InvalidInput("--tokenizer needs the package tokenizers: pip install 'dp-balancer[tokenizer]'") from None
     except Exception as error:  # the package raises a bare Exception
         raise InvalidInput(f"--tokenizer {path} cannot be read: {error}") from None

@@ -349,6 +349,14 @@ def test_headers_without_an_end_are_refused_within_bounded_memory(replica: Repli
     assert engine.seen == []
 
 
+def test_an_operator_says_how_large_a_head_may_be(
+    engines: Callable[..., Engine], serve: Callable[..., Replica]
+) -> None:
+    replica = serve(engines().url, "--max-head", "8")
+    assert replica.request("GET", "/v1/models", headers={"X": "y" * 7000})[0] == 200
+    assert replica.request("GET", "/v1/models", headers={"X": "y" * 9000})[0] == 431
+
+
 def test_a_trailer_without_an_end_is_refused(replica: Replica, engine: Engine) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: "
     with replica.raw(head) as raw:
