@@ -22,7 +22,7 @@ from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
-from balancer.serve.endpoints import Malformed, is_placed
+from balancer.serve.endpoints import Malformed, is_placed, path_of
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
@@ -91,7 +91,7 @@ async def _release(desk: Desk, request: Inbound) -> Answered:
 
 async def _authorize(desk: Desk, request: Inbound) -> Answered:
     original = request.header(b"x-original-uri") or request.path[len(_AUTHORIZE) :]
-    path = original.partition(b"?")[0]
+    path = path_of(original)
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere

@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -69,6 +70,18 @@ class Asked:
 def is_placed(method: str, path: bytes) -> bool:
     """Whether a request is placed on a rank; `path` without its query."""
     return method == "POST" and path in PLACED
+
+
+def path_of(target: bytes) -> bytes:
+    """The path of a target as it stands, but of a path that is placed the plain form, however it was written.
+
+    Engines under uvicorn unquote once, %2F too, cut off a fragment and neither fold `..` nor `//`: so does this.
+    """
+    path = target.partition(b"?")[0]
+    if b"%" not in path and b"#" not in path:
+        return path
+    plain = unquote_to_bytes(path.partition(b"#")[0])
+    return plain if plain in PLACED else path
 
 
 def check_width(body: bytes) -> None:

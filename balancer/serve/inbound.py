@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from urllib.parse import unquote_to_bytes
 
 import httptools
 
-from balancer.serve.endpoints import PLACED
+from balancer.serve.endpoints import path_of
 from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
 
@@ -127,7 +126,7 @@ class RequestReader:
             self.refuse(400, f"not HTTP/1.1: {str(error)[:100]}")
         if self._head_bytes > self._limits.head:
             if (request := self._request).target and not request.method:  # for the log: the head has no end
-                request.method, request.path = self._parser.get_method().decode(), _path_of(request.target)
+                request.method, request.path = self._parser.get_method().decode(), path_of(request.target)
             self.refuse(431, f"more than {self._limits.head} bytes of headers")
         return len(data)
 
@@ -190,7 +189,7 @@ class RequestReader:
         version = parser.get_http_version()
         request.is_http_10 = version == "1.0"
         request.keep_alive = parser.should_keep_alive()
-        request.path = _path_of(request.target)
+        request.path = path_of(request.target)
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "this server speaks HTTP/1.1")
         if request.method == "CONNECT":
@@ -264,15 +263,3 @@ class RequestReader:
         self._request = Inbound()
         if self.refusal is None:
             self.ready.append(request)
-
-
-def _path_of(target: bytes) -> bytes:
-    """The path of a target as it stands, but of a path that is placed the plain form, however it was written.
-
-    Engines under uvicorn unquote once, %2F too, cut off a fragment and neither fold `..` nor `//`: so does this.
-    """
-    path = target.partition(b"?")[0]
-    if b"%" not in path and b"#" not in path:
-        return path
-    plain = unquote_to_bytes(path.partition(b"#")[0])
-    return plain if plain in PLACED else path

@@ -112,6 +112,27 @@ def test_a_body_behind_a_request_for_http2_keeps_to_the_limits() -> None:
         assert reader.refusal[0] == 413
 
 
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/%67enerate?x=%67", b"/generate"),
+        (b"/v1%2Fchat%2fcompletions", b"/v1/chat/completions"),
+        (b"/v1/completions#x", b"/v1/completions"),
+        (b"/generate%23", b"/generate%23"),
+        (b"/%2567enerate", b"/%2567enerate"),
+        (b"/v1/%2e%2e/generate", b"/v1/%2e%2e/generate"),
+        (b"//generate", b"//generate"),
+        (b"/%62alancer/v1/dispatch", b"/%62alancer/v1/dispatch"),
+        (b"/%", b"/%"),
+    ],
+)
+def test_a_path_is_taken_for_a_placed_one_where_an_engine_would_and_else_for_what_it_is(
+    target: bytes, path: bytes
+) -> None:
+    ((request,), _) = read_in_pieces(b"POST " + target + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 5000)
+    assert (request.path, request.target) == (path, target)
+
+
 def test_what_follows_a_whole_request_is_not_parsed_before_its_turn() -> None:
     data = b"GET / HTTP/1.1\r\nHost:x\r\n\r\n" * 10_000
     reader = RequestReader(Limits(), HeldBytes(), lambda: None)
