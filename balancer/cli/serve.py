@@ -60,6 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--read-timeout", type=float, default=60.0, metavar="S", help="for a request to arrive whole (default: 60)")
     add("--max-body", type=int, default=64, metavar="MIB", help="largest request body (default: 64)")
     add("--max-bodies", type=int, default=1024, metavar="MIB", help="all bodies held at once (default: 1024)")
+    add("--max-head", type=int, default=64, metavar="KIB", help="largest head of a request (default: 64)")
     add("--max-connections", type=int, default=20_000, metavar="N", help="clients at once (default: 20000)")
     add(
         "--budget-ms",
@@ -74,9 +75,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Options:
-    for name, least in (("workers", 1), ("tries", 1), ("max_body", 1), ("max_bodies", 1), ("max_connections", 1)):
-        if getattr(arguments, name) < least:
-            raise InvalidInput(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in ("workers", "tries", "max_body", "max_bodies", "max_head", "max_connections"):
+        if getattr(arguments, name) < 1:
+            raise InvalidInput(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("connect_timeout", "first_byte_timeout", "stream_idle_timeout", "idle_timeout", "read_timeout"):
         if not getattr(arguments, name) > 0:
             raise InvalidInput(f"--{name.replace('_', '-')} must be above 0")
@@ -94,6 +95,7 @@ def _options(arguments: argparse.Namespace, engines: tuple[Engine, ...]) -> Opti
         limits=Limits(
             body=arguments.max_body * MIB,
             bodies=arguments.max_bodies * MIB,
+            head=arguments.max_head * 1024,
             connections=arguments.max_connections,
             idle_s=arguments.idle_timeout,
             read_s=arguments.read_timeout,

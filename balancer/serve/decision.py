@@ -23,7 +23,7 @@ from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
-from balancer.serve.endpoints import Malformed, is_placed, read_body
+from balancer.serve.endpoints import Malformed, is_placed, path_of
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
@@ -53,14 +53,14 @@ async def decide(desk: Desk, request: Inbound) -> Answered:
 
 
 async def _dispatch(desk: Desk, request: Inbound) -> Answered:
-    fields = _object(request.body)
+    fields = await desk.tokens.beside(request.body, lambda: _object(request.body))
     path = str(fields.get("path", "/v1/completions")).encode()
     request_id = _given_id(fields.get("request_id"))
     tokens = fields.get("tokens")
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
             raise InvalidInput("give the prompt's tokens, or path and body of the request")
-        tokens = (await desk.tokens.count_exactly(read_body(path, orjson.dumps(fields["body"])))).tokens
+        tokens = (await desk.tokens.read(path, orjson.dumps(fields["body"])))[1].tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
     placement, engine, index = await _place(desk, request_id, tokens)
     answer = {
@@ -78,7 +78,7 @@ async def _dispatch(desk: Desk, request: Inbound) -> Answered:
 
 
 async def _release(desk: Desk, request: Inbound) -> Answered:
-    fields = _object(request.body) if request.body else {}
+    fields = await desk.tokens.beside(request.body, lambda: _object(request.body)) if request.body else {}
     ids = fields.get(
         "request_ids", [fields.get("request_id") or (request.header(b"x-request-id") or b"").decode("latin-1")]
     )
@@ -92,7 +92,7 @@ async def _release(desk: Desk, request: Inbound) -> Answered:
 
 async def _authorize(desk: Desk, request: Inbound) -> Answered:
     original = request.header(b"x-original-uri") or request.path[len(_AUTHORIZE) :]
-    path = original.partition(b"?")[0]
+    path = path_of(original)
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
@@ -116,7 +116,7 @@ async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
             raise InvalidInput("X-Balancer-Tokens must be a whole number")
         return checked_count(int(told), "X-Balancer-Tokens", 1, MAX_TOKENS)
     if request.body:
-        return (await desk.tokens.count_exactly(read_body(path, request.body))).tokens
+        return (await desk.tokens.read(path, request.body))[1].tokens
     length = request.header(b"x-original-content-length") or b"0"
     return max(1, desk.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
 

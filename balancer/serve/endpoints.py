@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -29,10 +29,14 @@ IMAGE_TOKENS = 1_000
 """Booked for an image or a file, whose tokens only the engine knows."""
 _MESSAGE_TOKENS = 4
 """What a chat template puts around a message."""
+_TEXT_KEYS = ("content", "text", "tool_calls", "function", "arguments", "input", "output", "name")
 _RID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 """An id that the body brings along is used where it can stand in a header; the engine gets it in either case."""
 _LENIENT_MOST = 1 << 20
 _DEEPEST = 64
+MOST_PARTS, MOST_VALUES = 1 << 17, 1 << 21
+"""Objects, lists and strings in a body; values (twice the token ids of the longest context there is)."""
+_STRETCH = 1 << 18
 
 
 class Malformed(ValueError):
@@ -66,6 +70,50 @@ class Asked:
 def is_placed(method: str, path: bytes) -> bool:
     """Whether a request is placed on a rank; `path` without its query."""
     return method == "POST" and path in PLACED
+
+
+def path_of(target: bytes) -> bytes:
+    """The path of a target as it stands, but of a path that is placed the plain form, however it was written.
+
+    Engines under uvicorn unquote once, %2F too, cut off a fragment and neither fold `..` nor `//`: so does this.
+    """
+    path = target.partition(b"?")[0]
+    if b"%" not in path and b"#" not in path:
+        return path
+    plain = unquote_to_bytes(path.partition(b"#")[0])
+    return plain if plain in PLACED else path
+
+
+def check_width(body: bytes) -> None:
+    """Refuse (`Malformed`) a body of so many parts that to parse it would take seconds and a hundred times its size.
+
+    A long text or picture is one part. Meant for a thread: it lets others run after each stretch.
+    """
+    if not _is_wide(body, skips_strings=False):
+        return
+    if _is_wide(body, skips_strings=True):  # commas and braces of a text of code or figures separate nothing
+        raise Malformed(f"the body has more than {MOST_PARTS:,} objects, lists and strings, or {MOST_VALUES:,} values")
+
+
+def _is_wide(body: bytes, skips_strings: bool) -> bool:
+    parts = values = start = 0
+    is_inside = False
+    while start < len(body):
+        end = start + _STRETCH
+        while body[end - 1 : end] == b"\\":
+            end += 1
+        stretch = body[start:end]
+        if skips_strings:
+            pieces = stretch.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+            stretch = b"".join(pieces[is_inside::2])
+            is_inside ^= len(pieces) % 2 == 0
+            parts += len(pieces) // 2
+        parts += len(stretch) - len(stretch.translate(None, b"[{")) + stretch.count(b'"') // 2
+        values += stretch.count(b",")
+        if parts > MOST_PARTS or values > MOST_VALUES:
+            return True
+        start = end
+    return False
 
 
 def read_body(path: bytes, body: bytes) -> Asked:
@@ -145,25 +193,26 @@ def _read_messages(fields: dict[str, Any], asked: Asked) -> None:
     elif isinstance(listed, list):
         asked.extra += _MESSAGE_TOKENS * len(listed)
         for message in listed:
-            asked.texts.extend(_texts(message, asked, 0))
+            _gather(message, asked, asked.texts)
     for key in ("system", "instructions", "prompt"):
         if (more := fields.get(key)) is not None:
-            asked.texts.extend(_texts(more, asked, 0))
+            _gather(more, asked, asked.texts)
     if tools := fields.get("tools"):
         asked.texts.append(orjson.dumps(tools).decode())
 
 
-def _texts(part: Any, asked: Asked, depth: int) -> Iterator[str]:
+def _gather(part: Any, asked: Asked, texts: list[str], depth: int = 0) -> None:
+    """Add every text of a message or of a part of one."""
     if isinstance(part, str):
-        yield part
+        texts.append(part)
     elif isinstance(part, list) and depth < _DEEPEST:
         for one in part:
-            yield from _texts(one, asked, depth + 1)
+            _gather(one, asked, texts, depth + 1)
     elif isinstance(part, dict) and depth < _DEEPEST:
         kind = part.get("type")
         if isinstance(kind, str) and ("image" in kind or "audio" in kind or "video" in kind or "file" in kind):
             asked.extra += IMAGE_TOKENS
             return
-        for key in ("content", "text", "tool_calls", "function", "arguments", "input", "output", "name"):
+        for key in _TEXT_KEYS:
             if (more := part.get(key)) is not None:
-                yield from _texts(more, asked, depth + 1)
+                _gather(more, asked, texts, depth + 1)

@@ -24,7 +24,7 @@ from balancer.serve.answer import Answer, UpstreamError
 from balancer.serve.bookings import Open
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk, Target
-from balancer.serve.endpoints import Asked, Malformed, is_placed, read_body
+from balancer.serve.endpoints import Asked, Malformed, is_placed
 from balancer.serve.front import Client
 from balancer.serve.inbound import Inbound
 from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
@@ -170,13 +170,13 @@ class Exchange:
     async def _read(self) -> None:
         request, counter = self._request, self._desk.tokens
         if request.header(b"content-encoding") or request.header(b"x-body-compressed"):
+            if request.path == b"/generate":  # takes its rank in the body alone, and the client's own would outdo ours
+                raise Malformed("a compressed body cannot be told its rank: send it to /generate plain")
             # Not ours to unpack: the engine gets it as it is, and it counts by its size.
             self._asked = Asked(has_rid=True)
             self._counted = Counted(counter.estimate.tokens(len(request.body)), "estimate")
         else:
-            self._asked = read_body(request.path, request.body)
-            self._counted = await counter.count_exactly(self._asked) if counter.is_exact else counter.count(self._asked)
-        self._asked.texts = None  # counted: a stream may last for minutes
+            self._asked, self._counted = await counter.read(request.path, request.body)
         if self._asked.rid and self._desk.takes_rids:
             self._booking_id = self._asked.rid
         self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source
@@ -228,11 +228,15 @@ class Exchange:
 
     async def _send(self, attempt: _Try) -> tuple[Connection, Answer]:
         """Send it, once more where a kept connection turns out to be closed; raises `UpstreamError`."""
-        data, request, fresh = self._bytes_for(attempt), self._request, not self._may_repeat
+        request, fresh = self._request, not self._may_repeat
         while True:
             connection, is_reused = await attempt.target.pool.acquire(fresh)
             try:
-                answer = await connection.send(data, request.method == "HEAD", self._desk.options.first_byte_s)
+                # Its bytes are not kept beside the body from which they can be made again.
+                told = connection.send(
+                    self._bytes_for(attempt), request.method == "HEAD", self._desk.options.first_byte_s
+                )
+                answer = await told
             except UpstreamError as error:
                 connection.give_back()
                 if not is_reused or error.is_late or connection.has_begun:
@@ -270,7 +274,7 @@ class Exchange:
 
     async def _pass_on(self, attempt: _Try, connection: Connection, answer: Answer) -> None:
         entry, client, request, desk = self.entry, self._client, self._request, self._desk
-        request.body = b""  # it will not be sent again, and a stream may last for minutes
+        client.let_go(request)  # it will not be sent again, and a stream may last for minutes
         entry.status, entry.first_byte = answer.status, time.monotonic()
         if answer.status < 500:
             attempt.target.stand_in.heard = entry.first_byte

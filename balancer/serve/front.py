@@ -190,8 +190,7 @@ class Client(asyncio.Protocol):
             return
         if self._task is not None or self.is_paused:
             self._ahead += data
-            if len(self._ahead) > _MOST_AHEAD:
-                self.transport.pause_reading()
+            self._hold_back()
             return
         self._feed(data)
 
@@ -200,10 +199,19 @@ class Client(asyncio.Protocol):
         if not reader.is_reading:
             self.deadline = time.monotonic() + self._limits.read_s
         self._ahead = reader.feed(data)
+        self._hold_back()
         if reader.ready:
             self._begin()
         elif reader.refusal is not None:
             self._refuse(*reader.refusal)
+
+    def _hold_back(self) -> None:
+        """A client that has sent much ahead waits until its answers have caught up."""
+        transport = self.transport
+        if len(self._ahead) > _MOST_AHEAD:
+            transport.pause_reading()
+        elif not transport.is_reading() and not transport.is_closing():
+            transport.resume_reading()
 
     def _continue(self) -> None:
         if self._task is None and not self._is_over:
@@ -249,8 +257,6 @@ class Client(asyncio.Protocol):
             self._refuse(*self._reader.refusal)
         elif self._ahead:
             data, self._ahead = self._ahead, b""
-            if not self.transport.is_reading():
-                self.transport.resume_reading()
             self._feed(data)
 
     def _end(self) -> None:
@@ -258,6 +264,11 @@ class Client(asyncio.Protocol):
         self._is_over = True
         self.deadline = time.monotonic() + self._limits.write_s
         self.transport.close()
+
+    def let_go(self, request: Inbound) -> None:
+        """A request's body will not be needed again: others may be held instead of it."""
+        request.body = b""
+        self._reader.free(request)
 
     def closes_after(self, request: Inbound) -> bool:
         """Whether this answer is the connection's last."""

@@ -1,7 +1,8 @@
 """Requests as they come in: bytes to whole requests, within limits, over llhttp (`httptools`). No I/O.
 
 llhttp is strict: two lengths, a length beside chunks, a bad chunk, a folded or torn header are no HTTP. What is not
-taken is left in `refusal`; after that nothing more is read.
+taken is left in `refusal`; after that nothing more is read. A request that would rather speak another protocol
+(`Upgrade: h2c`, as Java's HttpClient asks of every http:// address) is read as HTTP/1.1, body and all (RFC 9110, 7.8).
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from collections.abc import Callable
 
 import httptools
 
+from balancer.serve.endpoints import path_of
 from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
 
 _MOST_HEADERS = 256
-_LOOKED_AT = frozenset((b"content-length", b"transfer-encoding", b"host", b"expect"))
+_LOOKED_AT = frozenset((b"content-length", b"transfer-encoding", b"host", b"expect", b"upgrade"))
+_SLICE = 4096
+"""The parser gets so many bytes at a time, beyond what is known to be a body: it cannot be stopped, and the smallest
+request has 26."""
 
 
 class Inbound:
@@ -86,7 +91,10 @@ class RequestReader:
         self._refused: Inbound | None = None
         self._body = bytearray()  # no list of pieces: a client could send them of two bytes
         self._head_bytes = 0  # of a head or a trailer: since the request's first byte or its body's last piece
+        self._body_left = 0  # where the head told the body's length
         self._in_head = True
+        self._framing = b""  # of a request that asks for another protocol: the header that says where its body ends
+        self._is_primed = False
         self._held = 0
 
     @property
@@ -100,18 +108,36 @@ class RequestReader:
         return self._head_bytes > 0 or not self._in_head
 
     def feed(self, data: bytes) -> bytes:
-        """Read on; returns bytes that follow a request which asked for another protocol, and gets this one."""
+        """Read on until a request is whole or refused; returns the bytes that are left for later."""
+        at = self._feed(data) if len(data) <= max(_SLICE, self._body_left) else 0
+        while at < len(data) and not self.ready and self.refusal is None:
+            at += self._feed(memoryview(data)[at : at + max(_SLICE, self._body_left)])
+        return data[at:]
+
+    def _feed(self, data: bytes | memoryview) -> int:
+        """Give bytes to the parser; returns how many it took: no more than the head of a request to upgrade."""
         self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parser = httptools.HttpRequestParser(self)
-            return data[upgrade.args[0] :]
+            self._decline_upgrade()
+            return int(upgrade.args[0])
         except httptools.HttpParserError as error:
             self.refuse(400, f"not HTTP/1.1: {str(error)[:100]}")
         if self._head_bytes > self._limits.head:
+            if (request := self._request).target and not request.method:  # for the log: the head has no end
+                request.method, request.path = self._parser.get_method().decode(), path_of(request.target)
             self.refuse(431, f"more than {self._limits.head} bytes of headers")
-        return b""
+        return len(data)
+
+    def _decline_upgrade(self) -> None:
+        """The parser takes what follows for another protocol: a fresh one is told where the body ends, and goes on."""
+        self._parser = httptools.HttpRequestParser(self)
+        framing, self._framing = self._framing, b""
+        if framing and self.refusal is None:
+            self._is_primed = True
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+            self._is_primed = False
 
     def refuse(self, status: int, why: str, code: str | None = None) -> None:
         """Take nothing more; the first reason counts."""
@@ -120,8 +146,8 @@ class RequestReader:
             self._refused = self._request
 
     def free(self, request: Inbound) -> None:
-        """A request has been answered: its body is held no more."""
-        freed = min(self._held, request.held)
+        """A request's body is held no more: it has been sent on, or answered. Once is enough."""
+        freed, request.held = min(self._held, request.held), 0
         self._held -= freed
         self._all_held.total -= freed
 
@@ -137,12 +163,16 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
+        if self._is_primed:
+            return
         self._body = bytearray()
         self._in_head = True
+        self._head_bytes = self._head_bytes or 1  # also where it came in one piece with the request before
 
     def on_url(self, url: bytes) -> None:
         """The target, perhaps in pieces."""
-        self._request.target += url
+        if not self._is_primed:
+            self._request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; a trailer of a request goes no further."""
@@ -151,13 +181,15 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         """The head is whole: refuse early what will not be taken."""
+        if self._is_primed:
+            return None
         request, parser = self._request, self._parser
         self._in_head, self._head_bytes = False, 0
         request.method = parser.get_method().decode()
         version = parser.get_http_version()
         request.is_http_10 = version == "1.0"
         request.keep_alive = parser.should_keep_alive()
-        request.path = request.target.partition(b"?")[0]
+        request.path = path_of(request.target)
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "this server speaks HTTP/1.1")
         if request.method == "CONNECT":
@@ -168,22 +200,26 @@ class RequestReader:
         return None
 
     def _read_headers(self, request: Inbound) -> None:
-        hosts, expects, size, sends = 0, False, len(request.target), False
+        hosts, expects, size, sends, length, framing, upgrades = 0, False, len(request.target), False, 0, b"", b""
         for name, value in request.headers:
             size += len(name) + len(value)
             if (low := name.lower()) not in _LOOKED_AT:
                 continue
             if low == b"content-length":
                 request.has_body = True
-                sends = int(value) > 0
-                if int(value) > self._limits.body:
+                length = int(value)
+                sends, framing = length > 0, b"Content-Length: %d" % length
+                if length > self._limits.body:
                     return self.refuse(413, f"the body is larger than {self._limits.body} bytes")
             elif low == b"transfer-encoding":
                 request.has_body = sends = True
+                framing = b"Transfer-Encoding: chunked"
                 if value.lower() != b"chunked" or request.is_http_10:
                     return self.refuse(501, "the only transfer coding taken is chunked, of HTTP/1.1")
             elif low == b"host":
                 hosts += 1
+            elif low == b"upgrade":
+                upgrades = value.lower()
             else:
                 expects = value.lower() == b"100-continue"
         if size > self._limits.head:
@@ -192,6 +228,11 @@ class RequestReader:
             return self.refuse(400, "a request names one Host")
         if sends and self._lets_in is not None and not self._lets_in(request):
             return self.refuse(401, "no valid API key", "invalid_api_key")
+        if upgrades and self._parser.should_upgrade():
+            if b"websocket" in upgrades:
+                return self.refuse(501, "no WebSocket passes through balancer serve: connect to an engine's address")
+            self._framing = framing if sends else b""
+        self._body_left = length
         if expects and not self.ready:
             self._on_expect()
         return None
@@ -199,6 +240,7 @@ class RequestReader:
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
         self._head_bytes = 0
+        self._body_left -= len(data)
         if self.refusal is not None:
             return
         self._body += data
@@ -211,11 +253,13 @@ class RequestReader:
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        if self._framing:  # its head is: the body comes by the next parser
+            return
         request = self._request
         request.body, request.held = bytes(self._body), len(self._body)
         request.received = time.monotonic()
         self._body = bytearray()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._body_left = True, 0, 0
         self._request = Inbound()
         if self.refusal is None:
             self.ready.append(request)

@@ -8,13 +8,16 @@ on the model and the language at hand; how far off it was is a metric.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from balancer.errors import InvalidInput
 from balancer.model import MAX_TOKENS
-from balancer.serve.endpoints import Asked
+from balancer.serve.endpoints import Asked, check_width, read_body
+
+Read = TypeVar("Read")
 
 FIRST_BYTES_PER_TOKEN = 4.0
 _WEIGHT = 0.02
@@ -22,6 +25,8 @@ _WEIGHT = 0.02
 _LEAST_RATIO, _MOST_RATIO = 0.5, 16.0
 _LEAST_BYTES = 64
 """Shorter prompts teach nothing: the chat template outweighs them."""
+_MOST_AT_ONCE = 128 * 1024
+"""Larger bodies are read beside the event loop: at worst a body of this size would hold it up for some 20 ms."""
 
 
 class Estimate:
@@ -53,17 +58,44 @@ class Counted:
 
 
 class TokenCounter:
-    """Counts prompts. With a tokenizer it has one thread, so that the event loop never waits for a long prompt."""
+    """Reads bodies and counts their prompts.
+
+    Large bodies, and all texts where there is a tokenizer, go to its one thread: the event loop does not wait for them,
+    and only one of them at a time lies about in parts.
+    """
 
     def __init__(self, tokenizer: str | None = None) -> None:
         self.estimate = Estimate()
         self._tokenizer: Any = _load(tokenizer) if tokenizer else None
-        self._thread = ThreadPoolExecutor(1, "tokenizer") if self._tokenizer else None
+        self._thread = ThreadPoolExecutor(1, "reader")
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether texts are counted by a tokenizer."""
-        return self._tokenizer is not None
+    async def read(self, path: bytes, body: bytes) -> tuple[Asked, Counted]:
+        """What a body for `path` asks for, and its tokens; the texts are let go. Raises `Malformed`."""
+        if self._tokenizer is None:
+            return await self.beside(body, lambda: self._read(path, body))
+        asked = await self.beside(body, lambda: read_body(path, body))
+        if not asked.texts:
+            return asked, self.count(asked)
+        counted = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, asked)
+        asked.texts = None
+        return asked, counted
+
+    async def beside(self, body: bytes, read: Callable[[], Read]) -> Read:
+        """What `read` makes of `body`: at once, or where that may take long in the thread. Raises `Malformed`."""
+        if len(body) <= _MOST_AT_ONCE:
+            return read()
+
+        def checked() -> Read:
+            check_width(body)
+            return read()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, checked)
+
+    def _read(self, path: bytes, body: bytes) -> tuple[Asked, Counted]:
+        asked = read_body(path, body)
+        counted = self.count(asked)
+        asked.texts = None  # a stream may last for minutes
+        return asked, counted
 
     def count(self, asked: Asked) -> Counted:
         """The tokens of a prompt without a tokenizer."""
@@ -73,20 +105,15 @@ class TokenCounter:
         tokens = asked.ids + asked.extra + self.estimate.tokens(size)
         return Counted(tokens * asked.copies, "estimate", 0 if asked.ids or asked.copies > 1 else size)
 
-    async def count_exactly(self, asked: Asked) -> Counted:
-        """The same with one, in its thread."""
-        if self._thread is None or not asked.texts:
-            return self.count(asked)
-        counted = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, asked.texts)
-        return Counted((asked.ids + asked.extra + counted) * asked.copies, "tokenizer")
-
-    def _encode(self, texts: list[str]) -> int:
-        return sum(len(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    def _encode(self, asked: Asked) -> Counted:
+        """The same with one."""
+        encoded = self._tokenizer.encode_batch_fast(asked.texts, add_special_tokens=False)
+        tokens = sum(len(encoding.ids) for encoding in encoded)
+        return Counted((asked.ids + asked.extra + tokens) * asked.copies, "tokenizer")
 
     def close(self) -> None:
         """End the thread."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _size(text: str) -> int:
@@ -97,10 +124,10 @@ def _load(where: str) -> Any:
     path = Path(where)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        from tokenizers import Tokenizer  # type: ignore[import-not-found, unused-ignore]
+        from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(path))
     except ImportError:
-        raise InvalidInput("--tokenizer needs the package tokenizers: pip install tokenizers") from None
+        raise InvalidInput("--tokenizer needs the package tokenizers: pip install 'dp-balancer[tokenizer]'") from None
     except Exception as error:  # the package raises a bare Exception
         raise InvalidInput(f"--tokenizer {path} cannot be read: {error}") from None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import threading
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from balancer import InvalidInput
-from balancer.serve.endpoints import IMAGE_TOKENS, Asked, Malformed, is_placed, read_body
+from balancer.serve.endpoints import IMAGE_TOKENS, Asked, Malformed, check_width, is_placed, read_body
 from balancer.serve.tokens import Estimate, TokenCounter
 
 CHAT, COMPLETIONS, GENERATE = b"/v1/chat/completions", b"/v1/completions", b"/generate"
@@ -120,30 +120,103 @@ def test_the_estimate_settles_on_what_the_engine_counts() -> None:
     assert estimate.bytes_per_token == pytest.approx(3, rel=0.01)
 
 
-async def test_a_tokenizer_counts_exactly_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Encoding:
-        def __init__(self, text: str) -> None:
-            self.ids = text.split()
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """A small byte-level BPE of the real package, as tokenizer.json in `tmp_path`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["every rank steps together, the fullest sets the pace"] * 20, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    return made
 
-    class Tokenizer:
-        @staticmethod
-        def from_file(path: str) -> Tokenizer:
-            assert path.endswith("tokenizer.json")
-            return Tokenizer()
 
-        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
-            with pytest.raises(RuntimeError):
-                asyncio.get_running_loop()
-            return [Encoding(text) for text in texts]
+async def test_a_tokenizer_counts_texts_exactly_and_what_is_no_text_by_its_rule(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text = "the fullest rank sets the pace, das hat niemand gewußt 你好"
+    exactly = len(tokenizer.encode(text, add_special_tokens=False).ids)
+    counter = TokenCounter(str(tmp_path))
 
-    module = ModuleType("tokenizers")
-    module.Tokenizer = Tokenizer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tokenizers", module)
-    counter = TokenCounter("/models/tiny/tokenizer.json")
+    async def counted(path: bytes, **fields: object) -> tuple[int, str]:
+        asked, counted = await counter.read(path, json.dumps(fields).encode())
+        assert not asked.texts, "let go"
+        return counted.tokens, counted.source
+
     try:
-        counted = await counter.count_exactly(asked_by(COMPLETIONS, prompt="one two three"))
-        assert (counted.tokens, counted.source) == (3, "tokenizer")
-        assert (await counter.count_exactly(asked_by(COMPLETIONS, prompt=[1, 2]))).source == "ids"
+        assert exactly < len(text), "it is a tokenizer, not a list of letters"
+        assert await counted(COMPLETIONS, prompt=text) == (exactly, "tokenizer")
+        assert await counted(COMPLETIONS, prompt=[text, text], n=2) == (4 * exactly, "tokenizer")
+        assert await counted(COMPLETIONS, prompt=text * 5000) == (
+            len(tokenizer.encode(text * 5000, add_special_tokens=False).ids), "tokenizer",
+        )  # fmt: skip
+        assert await counted(COMPLETIONS, prompt=[1, 2]) == (2, "ids")
+        chat = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        assert await counted(CHAT, messages=chat) == (2 * exactly + 2 * 4, "tokenizer"), "the template is not played"
+    finally:
+        counter.close()
+
+
+async def test_long_texts_are_counted_beside_the_event_loop(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    counter = TokenCounter(str(tmp_path / "tokenizer.json"))
+    body = json.dumps({"prompt": "the fullest rank sets the pace, " * 20_000}).encode()
+    turns = 0
+    try:
+        reading = asyncio.ensure_future(counter.read(COMPLETIONS, body))
+        while not reading.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert (await reading)[1].tokens > 20_000
+        assert turns > 10, "others had their turn"
+    finally:
+        counter.close()
+
+
+MANY = 1 << 18
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}," * MANY,
+        b"[" * MANY,
+        b'"a",' * MANY,
+        b'{"a":1},' * MANY,
+        b'"' * (4 * MANY),
+        b"1," * (9 * MANY),
+        b'"\\\\",' * MANY,
+        b'"\\\\\\"",' * MANY,
+    ],
+)
+def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(body: bytes) -> None:
+    with pytest.raises(Malformed, match="more than"):
+        check_width(b'{"messages": [' + body + b"]}")
+
+
+@pytest.mark.parametrize(
+    "text", ['a[{"b": 1}], ' * MANY, "1,2,3," * (2 * MANY), "[" * MANY, "\\" * MANY + '"{' * MANY, "\\" * (MANY + 1)]
+)
+def test_a_long_text_is_one_part_whatever_stands_in_it(text: str) -> None:
+    for shift in range(3):
+        check_width(json.dumps({"x": "y" * shift, "prompt": text}).encode())
+
+
+async def test_large_bodies_are_read_in_a_thread_and_small_ones_at_once() -> None:
+    counter = TokenCounter()
+    threads = []
+
+    def reads() -> None:
+        threads.append(threading.current_thread())
+
+    try:
+        await counter.beside(b" " * 1000, reads)
+        await counter.beside(b" " * 200_000, reads)
+        assert threads[0] is threading.main_thread()
+        assert threads[1] is not threading.main_thread()
+        large = json.dumps({"messages": [{"role": "user", "content": "x" * 400_000}]}).encode()
+        asked, counted = await counter.read(CHAT, large)
+        assert (asked.texts, counted.tokens) == (None, 100_000 + 4 + 1)
     finally:
         counter.close()
 

@@ -74,6 +74,107 @@ async def test_a_connection_that_was_slow_once_ends_when_it_is_idle() -> None:
         await until(lambda: not server.clients, "the connection has ended")
 
 
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+JAVAS = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nHost: x\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+)
+JAVAS = b"POST /v1/chat/completions HTTP/1.1\r\n" + JAVAS + b"Upgrade: h2c\r\nUser-Agent: Java-http-client/21.0.1\r\n"
+WITH_A_LENGTH = JAVAS + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED
+IN_CHUNKS = JAVAS + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+
+
+def read_in_pieces(data: bytes, size: int, most: int = 1000) -> tuple[list[Inbound], RequestReader]:
+    """The requests that a reader makes of `data` when it comes in pieces of `size` bytes."""
+    reader, requests = RequestReader(Limits(body=most), HeldBytes(), lambda: None), list[Inbound]()
+    for start in range(0, len(data), size):
+        left = data[start : start + size]
+        while left and reader.refusal is None:
+            left = reader.feed(left)
+            requests += reader.ready
+            reader.ready.clear()
+    return requests, reader
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 5000])
+def test_a_request_that_asks_for_http2_is_read_with_its_body_and_so_are_those_behind_it(size: int) -> None:
+    requests, reader = read_in_pieces(WITH_A_LENGTH + IN_CHUNKS + GET + IN_CHUNKS + WITH_A_LENGTH + GET, size)
+    assert [request.method for request in requests] == ["POST", "POST", "GET", "POST", "POST", "GET"]
+    assert [request.body for request in requests] == [SMUGGLED, SMUGGLED, b"", SMUGGLED, SMUGGLED, b""]
+    assert all(request.path == b"/v1/chat/completions" for request in requests if request.method == "POST")
+    assert reader.refusal is None
+    assert not reader.is_reading
+
+
+def test_a_body_behind_a_request_for_http2_keeps_to_the_limits() -> None:
+    for data in (WITH_A_LENGTH, IN_CHUNKS):
+        requests, reader = read_in_pieces(data, 5000, most=len(SMUGGLED) - 1)
+        assert requests == []
+        assert reader.refusal is not None
+        assert reader.refusal[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/%67enerate?x=%67", b"/generate"),
+        (b"/v1%2Fchat%2fcompletions", b"/v1/chat/completions"),
+        (b"/v1/completions#x", b"/v1/completions"),
+        (b"/generate%23", b"/generate%23"),
+        (b"/%2567enerate", b"/%2567enerate"),
+        (b"/v1/%2e%2e/generate", b"/v1/%2e%2e/generate"),
+        (b"//generate", b"//generate"),
+        (b"/%62alancer/v1/dispatch", b"/%62alancer/v1/dispatch"),
+        (b"/%", b"/%"),
+    ],
+)
+def test_a_path_is_taken_for_a_placed_one_where_an_engine_would_and_else_for_what_it_is(
+    target: bytes, path: bytes
+) -> None:
+    ((request,), _) = read_in_pieces(b"POST " + target + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 5000)
+    assert (request.path, request.target) == (path, target)
+
+
+def test_what_follows_a_whole_request_is_not_parsed_before_its_turn() -> None:
+    data = b"GET / HTTP/1.1\r\nHost:x\r\n\r\n" * 10_000
+    reader = RequestReader(Limits(), HeldBytes(), lambda: None)
+    left, seen = data, 0
+    while left:
+        left = reader.feed(left)
+        assert len(reader.ready) <= 4096 // 26 + 1
+        seen += len(reader.ready)
+        reader.ready.clear()
+    assert seen == 10_000
+
+
+async def test_a_client_that_sends_ten_thousand_requests_ahead_costs_their_bytes_and_waits() -> None:
+    answered, go = [0], asyncio.Event()
+
+    async def answer(client: Client, request: Inbound) -> None:
+        await go.wait()
+        answered[0] += 1
+        client.respond(request, 204, [], b"")
+
+    server = Server(answer, Limits())
+    listening = socket.create_server(("127.0.0.1", 0))
+    await server.start(listening)
+    data = b"GET / HTTP/1.1\r\nHost:x\r\n\r\n" * 10_000
+    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    tracemalloc.start()
+    try:
+        writer.write(data)
+        await until(lambda: any(not client.transport.is_reading() for client in server.clients), "it has to wait")
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(data), "where each request once took 688 bytes for its 26"
+    finally:
+        tracemalloc.stop()
+    go.set()
+    seen = 0
+    while seen < 10_000:
+        seen += (await asyncio.wait_for(reader.read(1 << 20), 20)).count(b"HTTP/1.1 ")
+    assert answered == [10_000]
+    writer.close()
+    await server.stop(0)
+
+
 def test_a_body_in_the_smallest_pieces_is_held_in_its_size() -> None:
     size, held = 1 << 18, HeldBytes()
     reader = RequestReader(Limits(), held, lambda: None)

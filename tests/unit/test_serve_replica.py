@@ -544,5 +544,7 @@ async def test_envoys_question_is_answered_with_headers(scene: Scene, admin: Poo
     own = answer.headers["x-balancer-request-id"]
     assert own.startswith("r-9.")
     assert (await scene.ask("/balancer/v1/release", {"request_id": own})).json() == {"released": 1}
+    spelled = await scene.ask("/balancer/v1/authorize", raw=body, headers="X-Original-URI: /v1/%63ompletions?x=1\r\n")
+    assert "x-balancer-rank" in spelled.headers, "an engine would unquote it"
     not_placed = await scene.ask("/balancer/v1/authorize/v1/models")
     assert (not_placed.status, "x-balancer-rank" in not_placed.headers) == (200, False)

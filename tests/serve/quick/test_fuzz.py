@@ -31,6 +31,7 @@ PATHS = (
 )  # fmt: skip
 HEADERS = (
     b"X-Request-Id: abc", b"Expect: 100-continue", b"Connection: keep-alive, x", b"Upgrade: websocket",
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA",
     b"X: " + b"y" * 300, b"Transfer-Encoding: chunked", b"Content-Length: 5", b"Host: y", b"traceparent: 00-zz-11-01",
     b"Authorization: Bearer x",
 )  # fmt: skip

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import redis
@@ -72,6 +75,10 @@ SMUGGLING = {
     "two hosts": b"POST /generate HTTP/1.1\r\nHost: x\r\nHost: y\r\nContent-Length: 2\r\n\r\n{}",
     "another protocol": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
     "HTTP/2 with prior knowledge": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "both, and an upgrade": b"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+    b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "another coding, and an upgrade": b"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+    b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a target with a line break": b"POST /v1/completions\r\nX: y HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
 }
 
@@ -85,6 +92,72 @@ def test_a_request_of_which_two_readers_could_make_two_things_is_refused_and_the
     assert not seen or seen[9:12] in (b"400", b"413", b"501", b"505"), seen[:200]
     assert len(re.findall(rb"HTTP/1\.1 \d", seen)) <= 1, "what follows is not read as a request"
     assert engine.seen == []
+
+
+JAVAS = (b"Connection: Upgrade, HTTP2-Settings", b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+         b"Upgrade: h2c", b"User-Agent: Java-http-client/21.0.1")  # fmt: skip
+"""What every JDK's HttpClient adds to its requests to http:// addresses: Spring AI's and LangChain4j's."""
+
+
+@pytest.mark.parametrize("form", ["length", "chunked"])
+def test_a_java_client_that_offers_http2_is_served_by_http1(form: str, replica: Replica, engine: Engine) -> None:
+    one = post(CHAT, *JAVAS)
+    if form == "chunked":
+        head = one.removesuffix(CHAT).replace(b"Content-Length: %d" % len(CHAT), b"Transfer-Encoding: chunked")
+        one = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(CHAT), CHAT)
+    with replica.raw(one * 2 + post(CHAT, b"Connection: close")) as raw:
+        seen = raw.all()
+    assert re.findall(rb"HTTP/1\.1 (\d+)", seen) == [b"200"] * 3
+    assert [exchange.body for exchange in engine.seen] == [CHAT] * 3
+    for exchange in engine.seen:
+        assert [exchange.header(name) for name in ("Upgrade", "Connection", "HTTP2-Settings")] == [None] * 3
+
+
+def test_what_stands_in_the_body_of_a_request_for_http2_is_never_a_request(replica: Replica, engine: Engine) -> None:
+    with replica.raw(post(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n", *JAVAS)) as raw:
+        assert raw.answer()[0] == 400, "it is no JSON"
+        raw.send(post(CHAT))
+        assert raw.answer()[0] == 200, "and the connection is sound"
+    assert [exchange.target for exchange in engine.seen] == ["/v1/chat/completions"]
+
+
+def test_a_websocket_is_told_where_to_go(replica: Replica, engine: Engine) -> None:
+    asks = b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    with replica.raw(asks + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n") as raw:
+        status, body = raw.answer()
+    assert status == 501
+    assert is_openai_error(body)
+    assert b"connect to an engine" in body
+    assert engine.seen == []
+
+
+@pytest.mark.parametrize(
+    "target", [b"/%67enerate", b"/generate#x", b"/generate%23?y", b"/%2fgenerate", b"/v1%2Fchat/completions"]
+)
+def test_a_path_that_an_engine_would_unquote_is_placed_as_the_path_that_it_is(
+    target: bytes, replica: Replica, engine: Engine
+) -> None:
+    own_rank = b'{"text": "a", "messages": [], "routed_dp_rank": 3}'
+    with replica.raw(post(own_rank, path=target)) as raw:
+        status = raw.answer()[0]
+    plain = unquote(target.decode().partition("#")[0].partition("?")[0])
+    assert (status == 400) == (plain == "/generate"), "a client's own rank is refused"
+    if status == 200:
+        assert engine.seen[0].target.encode() == target, "what goes on is what came"
+
+
+def test_a_compressed_body_is_refused_where_it_could_hide_a_rank(replica: Replica, engine: Engine) -> None:
+    for header in (b"Content-Encoding: gzip", b"x-body-compressed: zstd"):
+        with replica.raw(post(b"\x28\xb5\x2f\xfd", header, path=b"/generate")) as raw:
+            status, body = raw.answer()
+        assert status == 400
+        assert is_openai_error(body)
+        assert b"compressed" in body
+    assert engine.seen == []
+    engine.script = judges
+    with replica.raw(post(b"\x28\xb5\x2f\xfd", b"Content-Encoding: gzip")) as raw:
+        assert b"judged by the engine" in raw.answer()[1], "elsewhere the rank stands in a header"
+    engine.script = engine.completes
 
 
 def test_requests_sent_ahead_are_answered_one_after_the_other(replica: Replica, engine: Engine) -> None:
@@ -188,6 +261,77 @@ async def judges(exchange: Any) -> None:
     await exchange.respond(400, {"error": {"message": "judged by the engine", "type": "BadRequest", "code": 400}})
 
 
+MIB = 1 << 20
+WIDE = {
+    "empty messages": (400, b'{"messages": [' + b"{}," * (16 * MIB // 3) + b"{}]}"),
+    "empty lists": (400, b'{"messages": [' + b"[]," * (16 * MIB // 3) + b"[]]}"),
+    "short strings": (400, b'{"prompt": [' + b'"a",' * (4 * MIB) + b'"a"]}'),
+    "members": (400, b'{"messages": [], ' + b",".join(b'"%d":1' % number for number in range(MIB)) + b"}"),
+    "nothing but commas": (400, b'{"messages": [' + b"," * (16 * MIB) + b"]}"),
+    "quotes without an end": (400, b'{"messages": "' + b'""' * (8 * MIB)),
+    "a picture": (200, b'{"messages": [{"role": "user", "content": "' + b"QUJD" * (4 * MIB) + b'"}]}'),
+    "a book of code": (200, b'{"messages": [{"role": "user", "content": "' + rb"a[{\"b\": 1}], \\ " * MIB + b'"}]}'),
+    "as many token ids as a long context has": (200, b'{"prompt": [' + b"12345," * (MIB // 4) + b"1]}"),
+}
+
+
+@pytest.mark.parametrize("what", WIDE)
+def test_a_body_of_millions_of_parts_holds_up_nobody_and_one_long_text_is_welcome(
+    what: str, replica: Replica, engine: Engine
+) -> None:
+    expected, body = WIDE[what]
+    path = b"/v1/completions" if b'"prompt"' in body[:20] else b"/v1/chat/completions"
+    longest_s = 0.0
+    for _ in range(3):  # the machine may have others to hold it up
+        status, longest_s = longest_wait(replica, post(body, path=path))
+        assert status == expected
+        if longest_s < 0.25:
+            break
+    assert longest_s < 0.25, f"another client waited for {longest_s:.2f} s"
+
+
+def longest_wait(replica: Replica, request: bytes) -> tuple[int, float]:
+    """The status that `request` gets, and how long another client had to wait for an answer meanwhile, at most."""
+    statuses: list[int] = []
+
+    def ask() -> None:
+        with replica.raw(request) as raw:
+            statuses.append(raw.answer()[0])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    longest_s = 0.0
+    while asking.is_alive():
+        began = time.monotonic()
+        assert replica.request("GET", "/healthz")[0] == 200
+        longest_s = max(longest_s, time.monotonic() - began)
+    return statuses[0], longest_s
+
+
+def test_wide_bodies_take_bounded_memory(replica: Replica) -> None:
+    before_mib = replica.rss_mib()
+    peak_mib = 0.0
+    for what in ("empty lists", "members", "short strings"):
+        crowd = [replica.raw(post(WIDE[what][1])) for _ in range(4)]
+        peak_mib = max(peak_mib, replica.rss_mib())
+        assert {raw.answer()[0] for raw in crowd} == {400}
+        for raw in crowd:
+            raw.close()
+    assert peak_mib < before_mib + 8 * 16 + 64, "twice the bodies; once it was 35 MiB for each MiB"
+
+
+def test_a_stream_whose_prompt_has_been_sent_takes_nothing_from_the_room_for_bodies(
+    engines: Callable[..., Engine], serve: Callable[..., Replica]
+) -> None:
+    engine = engines(pace_s=0.05)
+    replica = serve(engine.url, "--max-bodies", "1")
+    long = b'{"stream": true, "max_tokens": 100, "messages": [{"role": "user", "content": "' + b"x" * 900_000 + b'"}]}'
+    with replica.raw(post(long)) as raw:
+        assert b"HTTP/1.1 200" in raw.until(b"data: ")
+        assert replica.chat(messages=[{"role": "user", "content": "y" * 300_000}], max_tokens=1)[0] == 200
+        assert engine.open >= 1, "while the stream goes on"
+
+
 def test_headers_without_an_end_are_refused_within_bounded_memory(replica: Replica, engine: Engine) -> None:
     before_mib = replica.rss_mib()
     crowd = [replica.raw(b"GET / HTTP/1.1\r\nHost: x\r\n") for _ in range(30)]
@@ -203,6 +347,14 @@ def test_headers_without_an_end_are_refused_within_bounded_memory(replica: Repli
         raw.close()
     assert replica.rss_mib() < before_mib + 40
     assert engine.seen == []
+
+
+def test_an_operator_says_how_large_a_head_may_be(
+    engines: Callable[..., Engine], serve: Callable[..., Replica]
+) -> None:
+    replica = serve(engines().url, "--max-head", "8")
+    assert replica.request("GET", "/v1/models", headers={"X": "y" * 7000})[0] == 200
+    assert replica.request("GET", "/v1/models", headers={"X": "y" * 9000})[0] == 431
 
 
 def test_a_trailer_without_an_end_is_refused(replica: Replica, engine: Engine) -> None:
