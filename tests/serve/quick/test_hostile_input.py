@@ -271,7 +271,7 @@ WIDE = {
     "nothing but commas": (400, b'{"messages": [' + b"," * (16 * MIB) + b"]}"),
     "quotes without an end": (400, b'{"messages": "' + b'""' * (8 * MIB)),
     "a picture": (200, b'{"messages": [{"role": "user", "content": "' + b"QUJD" * (4 * MIB) + b'"}]}'),
-    "a book of code": (200, b'{"messages": [{"role": "user", "content": "' + rb"a[{\"b\": 1}], \\ " * MIB + b'"}]}'),
+    "a book of code": (200, b'{"messages": [{"role": "user", "content": "' + rb"a[{\"b\": 1}], \\ " * 2**19 + b'"}]}'),
     "as many token ids as a long context has": (200, b'{"prompt": [' + b"12345," * (MIB // 4) + b"1]}"),
 }
 
