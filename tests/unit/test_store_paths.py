@@ -120,7 +120,7 @@ def test_a_name_that_leads_to_a_new_primary_is_followed_though_the_old_one_lives
     store: MakeStore, eventually: Eventually
 ) -> None:
     with EmbeddedRedis() as old, EmbeddedRedis() as new, named(old.port) as name:
-        subject = store(url_of(name.port), budget_ms=4_000)
+        subject = store(url_of(name.port), budget_ms=10_000)
         subject.run(protocol.configure("p", {"engine_lease_ms": 600_000}))
         subject.run(JOIN)
         with redis.Redis.from_url(old.url) as old_client, redis.Redis.from_url(new.url) as new_client:
@@ -167,7 +167,7 @@ def test_a_sentinel_that_says_nothing_makes_way_for_the_next_however_few_the_tri
     store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis, tries: int
 ) -> None:
     with closing(Sentinel(None)) as silent, closing(Sentinel(redis_server.port)) as good:
-        subject = store(url_of(silent.port, good.port, scheme="redis+sentinel", path="/m"), tries=tries)
+        subject = store(url_of(silent.port, good.port, scheme="redis+sentinel", path="/m"), 1_500 * tries, tries=tries)
         if tries == 1:
             with pytest.raises(StoreUnavailable):
                 subject.run(JOIN)
@@ -180,7 +180,7 @@ def test_a_sentinel_that_is_cut_off_and_names_a_primary_of_the_past_makes_way_fo
     with socket.create_server(("127.0.0.1", 0)) as gone:
         past = gone.getsockname()[1]
     with closing(Sentinel(past)) as cut_off, closing(Sentinel(redis_server.port)) as good:
-        subject = store(url_of(cut_off.port, good.port, scheme="redis+sentinel", path="/m"))
+        subject = store(url_of(cut_off.port, good.port, scheme="redis+sentinel", path="/m"), budget_ms=6_000)
         assert subject.run(JOIN).epoch > 0
 
 
