@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import Settings, StoreUnavailable, protocol
+from balancer import AsyncDispatcher, Dispatcher, Settings, StoreUnavailable, protocol
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation
 from balancer.store import AsyncStore, Store
@@ -76,7 +76,7 @@ class Name(Listener):
     """A name, or a virtual address: it leads new connections to `target`; those that are open stay where they are."""
 
     def __init__(self, target: int, delay_s: float = 0.0) -> None:
-        self.target, self._delay_s = target, delay_s
+        self.target, self.delay_s = target, delay_s
         self.connections = 0
         self._dead_until = 0
         super().__init__()
@@ -96,7 +96,7 @@ class Name(Listener):
     def _pass(self, source: socket.socket, sink: socket.socket, number: int, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
-                time.sleep(self._delay_s * is_reply)
+                time.sleep(self.delay_s * is_reply)
                 if number > self._dead_until:
                     sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
@@ -255,3 +255,25 @@ def test_a_connection_that_takes_longer_than_a_budget_is_there_for_the_next_oper
         eventually(is_there, "the connection that the first operation has begun to open is open", within_s=20)
     client.acl_deluser("slow")
     client.flushall()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_dispatch_and_the_release_of_what_an_outage_has_left_have_one_budget(
+    kind: str, redis_server: EmbeddedRedis, client: redis.Redis, eventually: Eventually
+) -> None:
+    with closing(Store(Settings(url=redis_server.url, pool="p", budget_ms=10_000))) as quick:
+        quick.run(protocol.configure("p", {"engine_lease_ms": 600_000}))
+        quick.run(JOIN)
+    with named(redis_server.port) as name:
+        settings = Settings(url=url_of(name.port), pool="p", budget_ms=1_000, tries=1, probe_ms=50)
+        dispatcher: Any = Dispatcher(settings) if kind == "sync" else Awaited(AsyncDispatcher(settings))
+        eventually(lambda: dispatcher.dispatch("first", 1).outcome == "repeated", "Redis places, and is known to")
+        name.lose_open_paths()
+        assert dispatcher.dispatch("owed", 1).outcome == "fallback"
+        eventually(lambda: dispatcher.dispatch("second", 1).outcome == "repeated", "Redis places again")
+        time.sleep(2.5)  # the aftermath of an outage: by its end engines have counted what they received
+        name.delay_s = 0.9
+        began = time.monotonic()
+        assert dispatcher.dispatch("third", 1).outcome == "fallback", "the release has taken nearly all of it"
+        assert time.monotonic() - began < 1.0 + SLACK_S
+        dispatcher.close()
