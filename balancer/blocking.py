@@ -97,9 +97,12 @@ class BlockingClient:
                 self._drop_idle()
                 if not line.has_answered:  # to open it may have left too little time to ask
                     self._open_beside()
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
+        finally:
+            del reply  # an exception whose traceback holds it would keep this connection until the next collection
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
