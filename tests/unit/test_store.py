@@ -231,7 +231,7 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(blocking: St
 
 
 def test_a_store_that_nobody_holds_any_more_leaves_no_connection_behind(
-    server: EmbeddedRedis, plain: redis.Redis
+    server: EmbeddedRedis, plain: redis.Redis, eventually: Callable[..., None]
 ) -> None:
     """At once, an error reply before it included: a collection may be far, and engines put it off."""
     before = int(plain.info("clients")["connected_clients"])
