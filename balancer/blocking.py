@@ -4,8 +4,8 @@ The driver opens a connection (names, TLS, password, database) and hands its soc
 driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
 
-To open one takes as many round trips as there is to say, which may always be more than a caller has time for. Where it
-was, a thread of its own opens one for the next who asks.
+To open one takes as many round trips as there is to say, which may always be more than a caller has time for, or leave
+too little of it. Then a thread of its own opens one for the next who asks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Line:
 
     def __init__(self, opened: socket.socket, error: Callable[[str], Exception], close: Callable[[], None]) -> None:
         self.close = close
+        self.has_answered = False
         self._socket = opened
         self._limit_s = opened.gettimeout() or 0.0
         self._reader = hiredis.Reader(replyError=error, notEnoughData=_NOTHING_YET)
@@ -55,6 +56,7 @@ class Line:
                 self._reader.feed(data)
         except hiredis.ProtocolError:
             raise ConnectionError("the answer is not Redis'") from None
+        self.has_answered = True
         return reply
 
     def _wait_until(self, until_s: float) -> None:
@@ -93,9 +95,14 @@ class BlockingClient:
             else:  # what may still come on it is nobody's reply, and the idle ones lead where it led
                 line.close()
                 self._drop_idle()
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+                if not line.has_answered:  # to open it may have left too little time to ask
+                    self._open_beside()
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            return reply
+        finally:
+            del reply  # an exception whose traceback holds it would keep this connection until the next collection
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""

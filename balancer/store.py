@@ -96,12 +96,26 @@ class AsyncStore:
         """Perform `operation` within the budget; raises as `Store.run` does."""
         budget = _Budget(self.settings, operation.spent_s)
         try:
-            return operation.read(await self._evaluate(operation, budget))
+            return operation.read(await self._first(operation, budget))
         except StoreUnavailable:
             if budget.is_spent():
                 raise
         again = AsyncRetrying(stop=budget, **_RETRY)
         return operation.read(await again(self._evaluate, operation, budget))
+
+    async def _first(self, operation: Operation[Any], budget: _Budget) -> Reply:
+        """The first attempt; where a connection is open there is nothing to prepare, and its patience ends the wait."""
+        node = self._route.primary
+        line = self._clients.to(node).line if node else None
+        if not node or not line or operation.spent_s:
+            return await self._evaluate(operation, budget)
+        try:
+            reply: Reply = await line.ask(*_by_sha(operation))
+            return reply
+        except OSError as error:
+            raise _ours(error, self._route, self.settings, node) from error
+        except driver.RedisError:  # asked again, the long way knows what to make of it
+            return await self._evaluate(operation, budget)
 
     async def aclose(self) -> None:
         """Close all connections."""

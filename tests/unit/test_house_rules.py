@@ -25,7 +25,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 350, 90
 NO_NAMES = {"utils", "util", "helpers", "common", "base", "manager", "misc"}
 ONE_DOOR = {
     "redis": {"balancer.store", "balancer.connection"},
-    "hiredis": {"balancer.pipeline"},
+    "hiredis": {"balancer.blocking", "balancer.pipeline"},
     "tenacity": {"balancer.store"},
     "torch": {"scheduler_hooks.gather", "scheduler_hooks.mock_engine.process_group"},
     "sglang": {f"scheduler_hooks.sglang.{room}" for room in ("counting", "register", "shim", "targets")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -228,6 +229,21 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(blocking: St
     blocking.command("PING")
     plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
     assert blocking.command("PING")
+
+
+def test_a_store_that_nobody_holds_any_more_leaves_no_connection_behind(
+    server: EmbeddedRedis, plain: redis.Redis, eventually: Callable[..., None]
+) -> None:
+    """At once, an error reply before it included: a collection may be far, and engines put it off."""
+    before = int(plain.info("clients")["connected_clients"])
+    gc.disable()
+    try:
+        store = Store(Settings(url=server.url, pool="p", budget_ms=PATIENT_MS))
+        store.run(JOIN)  # the script is not known yet
+        del store
+        eventually(lambda: int(plain.info("clients")["connected_clients"]) == before, "its connection is closed")
+    finally:
+        gc.enable()
 
 
 def test_a_reply_that_came_too_late_is_nobodys(blocking: Store, server: EmbeddedRedis) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import Settings, StoreUnavailable, protocol
+from balancer import AsyncDispatcher, Dispatcher, Settings, StoreUnavailable, protocol
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation
 from balancer.store import AsyncStore, Store
@@ -76,7 +76,7 @@ class Name(Listener):
     """A name, or a virtual address: it leads new connections to `target`; those that are open stay where they are."""
 
     def __init__(self, target: int, delay_s: float = 0.0) -> None:
-        self.target, self._delay_s = target, delay_s
+        self.target, self.delay_s = target, delay_s
         self.connections = 0
         self._dead_until = 0
         super().__init__()
@@ -96,7 +96,7 @@ class Name(Listener):
     def _pass(self, source: socket.socket, sink: socket.socket, number: int, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
-                time.sleep(self._delay_s * is_reply)
+                time.sleep(self.delay_s * is_reply)
                 if number > self._dead_until:
                     sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
@@ -120,7 +120,7 @@ def test_a_name_that_leads_to_a_new_primary_is_followed_though_the_old_one_lives
     store: MakeStore, eventually: Eventually
 ) -> None:
     with EmbeddedRedis() as old, EmbeddedRedis() as new, named(old.port) as name:
-        subject = store(url_of(name.port), budget_ms=4_000)
+        subject = store(url_of(name.port), budget_ms=10_000)
         subject.run(protocol.configure("p", {"engine_lease_ms": 600_000}))
         subject.run(JOIN)
         with redis.Redis.from_url(old.url) as old_client, redis.Redis.from_url(new.url) as new_client:
@@ -167,7 +167,7 @@ def test_a_sentinel_that_says_nothing_makes_way_for_the_next_however_few_the_tri
     store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis, tries: int
 ) -> None:
     with closing(Sentinel(None)) as silent, closing(Sentinel(redis_server.port)) as good:
-        subject = store(url_of(silent.port, good.port, scheme="redis+sentinel", path="/m"), tries=tries)
+        subject = store(url_of(silent.port, good.port, scheme="redis+sentinel", path="/m"), 1_500 * tries, tries=tries)
         if tries == 1:
             with pytest.raises(StoreUnavailable):
                 subject.run(JOIN)
@@ -180,7 +180,7 @@ def test_a_sentinel_that_is_cut_off_and_names_a_primary_of_the_past_makes_way_fo
     with socket.create_server(("127.0.0.1", 0)) as gone:
         past = gone.getsockname()[1]
     with closing(Sentinel(past)) as cut_off, closing(Sentinel(redis_server.port)) as good:
-        subject = store(url_of(cut_off.port, good.port, scheme="redis+sentinel", path="/m"))
+        subject = store(url_of(cut_off.port, good.port, scheme="redis+sentinel", path="/m"), budget_ms=6_000)
         assert subject.run(JOIN).epoch > 0
 
 
@@ -255,3 +255,25 @@ def test_a_connection_that_takes_longer_than_a_budget_is_there_for_the_next_oper
         eventually(is_there, "the connection that the first operation has begun to open is open", within_s=20)
     client.acl_deluser("slow")
     client.flushall()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_dispatch_and_the_release_of_what_an_outage_has_left_have_one_budget(
+    kind: str, redis_server: EmbeddedRedis, client: redis.Redis, eventually: Eventually
+) -> None:
+    with closing(Store(Settings(url=redis_server.url, pool="p", budget_ms=10_000))) as quick:
+        quick.run(protocol.configure("p", {"engine_lease_ms": 600_000}))
+        quick.run(JOIN)
+    with named(redis_server.port) as name:
+        settings = Settings(url=url_of(name.port), pool="p", budget_ms=1_000, tries=1, probe_ms=50)
+        dispatcher: Any = Dispatcher(settings) if kind == "sync" else Awaited(AsyncDispatcher(settings))
+        eventually(lambda: dispatcher.dispatch("first", 1).outcome == "repeated", "Redis places, and is known to")
+        name.lose_open_paths()
+        assert dispatcher.dispatch("owed", 1).outcome == "fallback"
+        eventually(lambda: dispatcher.dispatch("second", 1).outcome == "repeated", "Redis places again")
+        time.sleep(2.5)  # the aftermath of an outage: by its end engines have counted what they received
+        name.delay_s = 0.9
+        began = time.monotonic()
+        assert dispatcher.dispatch("third", 1).outcome == "fallback", "the release has taken nearly all of it"
+        assert time.monotonic() - began < 1.0 + SLACK_S
+        dispatcher.close()
