@@ -34,7 +34,7 @@ class Images:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
-        self.all = [self.of(target) for target in ("dispatcher", "engine")]
+        self.all = [self.of(target) for target in ("dispatcher", "engine", "serve")]
 
     def of(self, target: str) -> str:
         """The tree's image of that target."""

@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from balancer.keys import pool_keys
+from tests.crowd import crowd
 from tests.integration.conftest import Figures, Up
-from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
 from tests.integration.failover import bookings_through
 from tests.integration.stack import POOL, Stack, wait_until
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import urllib.request
+
+import pytest
 
 from tests.integration.conftest import Figures, Up
 from tests.integration.stack import Images, docker, wait_until
@@ -38,6 +41,24 @@ def test_it_works_as_it_stands(up: Up, images: Images, figures: Figures) -> None
         measured = f"healthy, requests finish; dispatcher image {added_mb:.1f} MB over Python's"
         figures("`docker compose up` as it stands", measured)
         assert added_mb < 50
+
+
+def test_serve_answers_in_a_container_with_no_more_rights_than_a_dispatchers(
+    up: Up, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPB_PORT", "0")  # a free one
+    with up("serve", told=False) as stack:
+        stack.compose("--profile serve up --build --quiet-pull --detach --wait --wait-timeout 120 serve")
+        port = docker("port", stack.container("serve"), "8080").rpartition(":")[2]
+        body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/chat/completions", body, timeout=10) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        shown = docker("exec", stack.container("serve"), "balancer", "status", "serve")
+        assert shown.count("mock/") == 4
+        assert docker("exec", stack.container("serve"), "id", "-u") == "10001"
+        state = json.loads(docker("inspect", stack.container("serve")))[0]
+        assert state["State"]["Health"]["Status"] == "healthy"
+        stack.compose("--profile serve down -v -t 1")
 
 
 def docker_logs(container: str) -> str:

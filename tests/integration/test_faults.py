@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.crowd import crowd
 from tests.integration.conftest import Figures
-from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
 from tests.integration.stack import ENGINE_LEASE_MS, Stack, docker, wait_until
 
 HOLD_S = 3.0

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.crowd import crowd
 from tests.integration.conftest import Figures, Up
-from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
 from tests.integration.failover import bookings_through
 from tests.integration.stack import Stack, wait_until
 from tests.integration.test_acl import status

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.crowd import crowd
 from tests.integration.conftest import Figures, Up
-from tests.integration.endure import BUDGET_MS, SLACK_MS, crowd, endure
+from tests.integration.endure import BUDGET_MS, SLACK_MS, endure
 from tests.integration.stack import PATIENT, added, booked, wait_until
 
 SERVERS = {"Redis 8": ("redis:8", ()), "Valkey 8": ("", ("compose.valkey.yml",))}

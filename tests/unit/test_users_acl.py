@@ -10,7 +10,11 @@ import pytest
 from balancer.scripts import load_script
 
 LISTED = Path(__file__).parents[2] / "docker" / "redis" / "users.acl"
-SCRIPTS = {"dispatcher": ("dispatch", "release", "renew", "snapshot"), "hook": ("join", "report", "leave")}
+SCRIPTS = {
+    "dispatcher": ("dispatch", "release", "renew", "snapshot", "join", "report"),
+    "hook": ("join", "report", "leave"),
+}
+"""`balancer serve` joins and reports for engines that have no hook."""
 BESIDE = {"eval", "evalsha", "ping"}
 
 
