@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from balancer import BalancerError, Dispatcher, InvalidInput, NoRank, NoRankReason, Outcome, Placement, Request
+from balancer import BalancerError, Dispatcher, InvalidInput, NoRank, NoRankReason, Outcome, Request
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
 from scheduler_hooks.sglang.counting import active_ranks, is_users, tokens_of
@@ -30,7 +30,7 @@ BUDGET_MS = 5
 """How long one dispatch may hold the controller, where DP_BALANCER_BUDGET_MS says nothing."""
 
 OPENS_AFTER = 3
-"""Dispatches in a row without an answer before the pool is left alone for a while: one of them in some hundred misses so
+"""Dispatches in a row without an answer before the pool is left alone for a while: now and then one of them misses so
 small a budget though Redis is well."""
 
 _FORCED = "SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK"
