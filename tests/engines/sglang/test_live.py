@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ from balancer import BalancerError, Dispatcher, Placement, PoolSnapshot, Request
 from balancer.embedded import EmbeddedRedis
 from tests.engines.sglang.link import Link
 from tests.engines.sglang.load import Load
-from tests.engines.sglang.probe import PROBE, costs
-from tests.engines.sglang.server import SGLangServer, what_is_missing
+from tests.engines.sglang.probe import PROBE, costs, taken_in
+from tests.engines.sglang.server import KIT, SGLangServer, what_is_missing
 
 Eventually = Callable[..., float]
 
@@ -63,6 +64,9 @@ FORMS = {
 }
 CHOSEN = os.environ.get("DPB_SGLANG_FORMS", ",".join(FORMS)).split(",")
 CHUNK = 256
+LONGEST_HAND_OVER_S = 0.25
+"""A step that waited for a Redis which does not answer would wait half a second at least, a try of the report's budget;
+what is below is what two crowded cores may take from a thread."""
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
@@ -224,11 +228,41 @@ def test_an_aborted_request_leaves_nothing(server: SGLangServer, outside: Dispat
     sender = threading.Thread(target=server.generate, args=(40, 3_000), kwargs={"rid": "to-abort"})
     sender.start()
     eventually(lambda: not is_at_rest(outside.snapshot()), "it is there")
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
-        connection.request("POST", "/abort_request", '{"rid": "to-abort"}', {"Content-Type": "application/json"})
-        connection.getresponse().close()
+    abort(server, "to-abort")
     sender.join(60)
     eventually(lambda: is_at_rest(outside.snapshot()), "the aborted request is gone")
+
+
+def abort(server: SGLangServer, rid: str) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.request("POST", "/abort_request", json.dumps({"rid": rid}), {"Content-Type": "application/json"})
+        connection.getresponse().close()
+
+
+def test_sglangs_own_bench_client_and_somebody_who_aborts_leave_nothing(
+    server: SGLangServer, outside: Dispatcher, tmp_path: Path, eventually: Eventually
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    words = ["--num-prompts", "60", "--request-rate", "inf", "--output-file", str(rows)]
+    client = subprocess.Popen([str(KIT / "bench-sglang"), server.url, *words], stdout=subprocess.DEVNULL)
+    aborted = 0
+    with ThreadPoolExecutor(4) as pool:
+        while client.poll() is None:
+            ids = [f"abort-{aborted}-{number}" for number in range(4)]
+            sent = [pool.submit(server.generate, 40, 3_000, rid=rid) for rid in ids]
+            time.sleep(0.3)  # no condition: some are aborted in the queue, some when they run
+            for rid in ids:
+                abort(server, rid)
+            while not all(answer.done() for answer in sent):  # one that had not come in when it was aborted
+                time.sleep(0.3)
+                for rid in ids:
+                    abort(server, rid)
+            aborted += len(ids)
+    assert client.returncode == 0
+    assert json.loads(rows.read_text().splitlines()[-1])["completed"] == 60
+    assert aborted
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left of them")
+    eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
 
 def test_an_outside_dispatcher_names_the_rank_and_the_schedulers_hook_acknowledges(
@@ -422,6 +456,9 @@ def test_redis_black_holed_cut_and_emptied_under_load_fails_no_request(
     assert not load.failed
     eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left", within_s=120)
+    longest_s = max(taken_in(Path(server.environment["DPB_PROBE_DIR"]))["hand_over"])
+    print(f"\n    the longest hand-over of a step so far: {longest_s * 1e3:,.0f} ms")
+    assert longest_s < LONGEST_HAND_OVER_S, "a step has waited for Redis"
 
 
 def test_redis_paused_under_load_fails_no_request(
