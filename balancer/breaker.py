@@ -11,11 +11,16 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """Closed (all calls pass) until a call fails; then open until a probe succeeds."""
+    """Closed (all calls pass) until `opens_after` calls in a row have failed; then open until a probe succeeds.
 
-    def __init__(self, probe_ms: int, clock: Callable[[], float] = time.monotonic) -> None:
+    More than one where the budget is so small that a healthy Redis misses it now and then.
+    """
+
+    def __init__(self, probe_ms: int, clock: Callable[[], float] = time.monotonic, opens_after: int = 1) -> None:
         self._probe_s = probe_ms / 1000
         self._clock = clock
+        self._opens_after = opens_after
+        self._failures = 0
         self._lock = threading.Lock()
         self._next_probe: float | None = None
 
@@ -37,7 +42,10 @@ class Breaker:
     def failed(self) -> bool:
         """A call has failed; returns True where that opens the breaker."""
         with self._lock:
+            self._failures += 1
             opens = self._next_probe is None
+            if opens and self._failures < self._opens_after:
+                return False
             self._next_probe = self._clock() + self._probe_s
             return opens
 
@@ -46,4 +54,5 @@ class Breaker:
         with self._lock:
             closes = self._next_probe is not None
             self._next_probe = None
+            self._failures = 0
             return closes

@@ -24,7 +24,8 @@ from balancer.store import AsyncStore, Store
 
 
 def _placing(settings: Settings) -> Placing:
-    return Placing(settings.pool, settings.name, Breaker(settings.probe_ms), LastKnown())
+    breaker = Breaker(settings.probe_ms, opens_after=settings.opens_after)
+    return Placing(settings.pool, settings.name, breaker, LastKnown())
 
 
 class Dispatcher:

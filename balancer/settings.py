@@ -54,6 +54,9 @@ class Settings:
     probe_ms: int = 500
     tries: int = 4
     """Tries that fit into one budget: a silent server costs budget_ms / tries each. 1 is one try and no retry."""
+    opens_after: int = 1
+    """Operations in a row that must fail before Redis is taken to be away. More than 1 suits a budget that a healthy
+    Redis may miss now and then; each of them costs a budget."""
     name: str = field(default_factory=default_name)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class Settings:
         checked_count(self.budget_ms, "budget_ms", 1, 60_000)
         checked_count(self.probe_ms, "probe_ms", 1, 60_000)
         checked_count(self.tries, "tries", 1, 16)
+        checked_count(self.opens_after, "opens_after", 1, 16)
         if self.url is not None:
             self.checked_address()
 

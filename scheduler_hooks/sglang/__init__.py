@@ -6,6 +6,8 @@
     register     the entry point `dp_balancer` in `sglang.srt.plugins`: looks at this SGLang and attaches
     targets      what of SGLang is hooked, and which parameters the hooks count on
     dispatching  in the controller: a rank for each request
+    joined       whether every rank is in the pool, before the pool places any
+    tally        how many requests the pool placed and how many SGLang
     scheduling   in each scheduler: what it has received and holds, reported by its rank's leader or gathered
     counting     what a scheduler holds, read off its own objects
     agreement    whether all processes of a group take part in the gather, before any of them enters it

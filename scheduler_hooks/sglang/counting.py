@@ -29,7 +29,8 @@ class Counting:
         self._scheduler = scheduler
         self._slots = scheduler.req_to_token_pool.available_size()
         mode = getattr(getattr(scheduler, "disaggregation_mode", None), "name", "NULL")
-        self._is_disaggregated = mode != "NULL"
+        self.is_decode = mode == "DECODE"
+        """Whether this is the decode side of PD disaggregation."""
 
     def held(self) -> Held:
         """What this rank holds now, running and queued."""
@@ -37,11 +38,12 @@ class Counting:
         loads = scheduler.load_inquirer.get_loads()
         used, capacity = loads.num_used_tokens, loads.max_total_num_tokens
         tokens = loads.num_total_tokens + to_prefill(scheduler.chunked_req)
-        if self._is_disaggregated:
+        if self.is_decode:  # there requests have slots while they wait for their KV
             requests = loads.num_running_reqs + loads.num_waiting_reqs
         else:
-            # A request has a slot from its first chunk to its end. SGLang's own count of the running lacks those that
-            # are in their first step and in no batch yet.
+            # A request has a slot from its first chunk to its end, on a prefill server to the end of its transfer.
+            # SGLang's own count of the running lacks those that are in their first step and in no batch yet; a prefill
+            # server's is always 0.
             requests = max(0, self._slots - scheduler.req_to_token_pool.available_size()) + loads.num_waiting_reqs
         return Held(tokens, requests, max(0, tokens - used), min(1_000, 1_000 * used // max(1, capacity)))
 

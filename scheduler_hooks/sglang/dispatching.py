@@ -2,7 +2,8 @@
 
 One EVAL for a request and one for a batch, within a few milliseconds, never retried: the controller is one thread, and
 what waits here waits for all. Without an answer `routed_dp_rank` stays empty, and SGLang's own method decides. Only
-ranks of this engine that SGLang holds active are asked for, so that no placement has to be taken back.
+ranks of this engine that SGLang holds active are asked for, so that no placement has to be taken back, and none at all
+while one of them has never joined the pool (`joined`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from balancer import BalancerError, Dispatcher, InvalidInput, Outcome, Placement, Request
+from balancer import BalancerError, Dispatcher, InvalidInput, NoRank, NoRankReason, Outcome, Request
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
 from scheduler_hooks.sglang.counting import active_ranks, is_users, tokens_of
 from scheduler_hooks.sglang.identity import engine_name
+from scheduler_hooks.sglang.joined import Joined
+from scheduler_hooks.sglang.tally import Tally
 from scheduler_hooks.sglang.targets import CONTROLLER_TARGETS, not_applied
 
 log = logging.getLogger("scheduler_hooks.sglang")
 
 BUDGET_MS = 5
 """How long one dispatch may hold the controller, where DP_BALANCER_BUDGET_MS says nothing."""
+
+OPENS_AFTER = 3
+"""Dispatches in a row without an answer before the pool is left alone for a while: now and then one of them misses so
+small a budget though Redis is well."""
 
 _FORCED = "SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK"
 _TRUE = ("true", "1", "yes", "y")  # SGLang's EnvBool
@@ -41,6 +48,9 @@ class Dispatching:
         self._engine = ""
         self._is_refused = False
         self._is_batch = False
+        self._joined = Joined("")
+        self._tally = Tally()
+        self._reason: NoRankReason | None = None
 
     def ready(self, result: Any, controller: Any) -> None:
         """AFTER the controller has its dispatch table: connect, so that the first request does not wait for it."""
@@ -68,16 +78,40 @@ class Dispatching:
         dispatcher = self._dispatcher or self._attach(controller)
         if dispatcher is None:
             return
-        ranks = {f"{self._engine}/{index}": index for index in active_ranks(controller)}
+        active = active_ranks(controller)
         known = _bookable(requests)
-        if not ranks or not known:
+        if not active or not known:
             return
+        try:
+            if self._joined.lacks_any(active, dispatcher):
+                self._tally.left("while a rank is missing in the pool", len(known))
+            else:
+                self._ask(dispatcher, {f"{self._engine}/{index}": index for index in active}, known)
+        except BalancerError:
+            self._tally.left("refused by Redis", len(known))
+            raise
+        finally:
+            self._tally.tell(dispatcher.is_falling_back)
+
+    def _ask(self, dispatcher: Dispatcher, ranks: dict[str, int], known: list[tuple[Request, Any]]) -> None:
         answers = dispatcher.dispatch_many([booked for booked, _ in known], list(ranks))
         for (_, request), answer in zip(known, answers, strict=True):
-            if isinstance(answer, Placement) and answer.outcome is not Outcome.FALLBACK:
-                request.routed_dp_rank = ranks.get(answer.rank)  # None where it was booked on another engine before
+            if isinstance(answer, NoRank):
+                self._tally.left(f"without a rank ({answer.reason.value})")
+                self._note(answer.reason)
+            elif answer.outcome is Outcome.FALLBACK:
+                self._tally.left("without an answer from Redis in time")
             else:
-                self._trouble.note("no rank", "no rank from pool %s, SGLang's own method decides", self._pool)
+                request.routed_dp_rank = ranks.get(answer.rank)
+                if request.routed_dp_rank is None:
+                    self._tally.left("booked on another engine before")
+                else:
+                    self._tally.placed()
+
+    def _note(self, reason: NoRankReason) -> None:
+        if reason is not self._reason:
+            self._reason = reason
+            log.warning("no rank from pool %s (%s): SGLang's own method decides", self._pool, reason.value)
 
     def _attach(self, controller: Any) -> Dispatcher | None:
         if self._dispatcher is not None or self._is_refused:
@@ -91,7 +125,8 @@ class Dispatching:
         settings = self._plugin.settings
         self._engine = engine_name(self._plugin, controller.server_args)
         budget_ms = settings.budget_ms if os.environ.get("DP_BALANCER_BUDGET_MS") else BUDGET_MS
-        self._dispatcher = Dispatcher(replace(settings, budget_ms=budget_ms, tries=1))
+        self._joined = Joined(self._engine)
+        self._dispatcher = Dispatcher(replace(settings, budget_ms=budget_ms, tries=1, opens_after=OPENS_AFTER))
         self._is_refused = False
         self._warm_up(self._dispatcher)
         log.info(
@@ -133,6 +168,6 @@ def _refusal(controller: Any) -> str:
         return (
             "with --load-balance-method follow_bootstrap_room decode servers expect the rank that follows from a "
             "request's bootstrap room, and any other fails it; start it with --load-balance-method total_tokens "
-            f"(or round_robin), or set {_FORCED}=1"
+            f"(or round_robin), or set {_FORCED}=1 on prefill and on every decode server"
         )
     return ""

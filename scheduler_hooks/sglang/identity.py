@@ -24,8 +24,14 @@ def engine_name(plugin: PluginSettings, server_args: Any) -> str:
 
 
 def address(plugin: PluginSettings, server_args: Any) -> str:
-    """DP_BALANCER_ADDRESS, else host and port of the server, by this machine's name where it listens on all of them."""
+    """DP_BALANCER_ADDRESS, else host and port of the server, by this machine's name where it listens on all of them.
+
+    Of several nodes only the first one answers requests: its host is the one where they meet (--dist-init-addr).
+    """
     if plugin.address:
         return plugin.address
+    meeting = getattr(server_args, "dist_init_addr", None)
+    if getattr(server_args, "nnodes", 1) > 1 and meeting:
+        return f"{str(meeting).rpartition(':')[0]}:{server_args.port}"
     host = getattr(server_args, "host", None)
     return f"{socket.gethostname() if host in _ANY_HOST else host}:{server_args.port}"

@@ -7,8 +7,6 @@ everywhere, and those of the controller wake up in the controller.
 from __future__ import annotations
 
 import logging
-import re
-from importlib import metadata
 
 from balancer import BalancerError
 from scheduler_hooks.once import Once
@@ -33,8 +31,8 @@ def _register() -> None:
         return log.error("dp-balancer is off: %s", error)
     if plugin is None:
         return None
-    version = _version()
-    number = _numbers(version)
+    version = targets.version()
+    number = targets.numbers(version)
     if (0, 0, 0) < number < targets.OLDEST and "dev" not in version:
         return log.error("dp-balancer is off: it needs SGLang %s or newer, not %s", _dotted(targets.OLDEST), version)
     absent = targets.missing(targets.TARGETS)
@@ -71,18 +69,6 @@ def _hook(target: Target, function: object) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(target.path, function, HookType[target.kind.upper()])
-
-
-def _version() -> str:
-    """SGLang's; a build without tags says 0.0.0.dev0 or 0.1.dev7, and a fork may have another distribution's name."""
-    try:
-        return metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _dotted(number: tuple[int, ...]) -> str:

@@ -23,11 +23,12 @@ from balancer.marker import received_ids
 from scheduler_hooks.intake import MAX_WAITING_IDS
 from scheduler_hooks.once import Once
 from scheduler_hooks.plugin import PluginSettings, harmless
-from scheduler_hooks.sglang.agreement import Agreement
+from scheduler_hooks.row import HEADER
+from scheduler_hooks.sglang.agreement import ROUNDS, Agreement
 from scheduler_hooks.sglang.counting import Counting, Held, led_rank, tokenized, tokens_of
 from scheduler_hooks.sglang.identity import address, engine_name
-from scheduler_hooks.sglang.targets import SCHEDULER_TARGETS, not_applied
-from scheduler_hooks.step_hook import StepHook
+from scheduler_hooks.sglang.targets import SCHEDULER_TARGETS, not_applied, numbers, version
+from scheduler_hooks.step_hook import IDS_PER_GATHER, StepHook
 
 log = logging.getLogger("scheduler_hooks.sglang")
 
@@ -37,6 +38,13 @@ IDLE_REPORT_S = 0.05
 IDLE_SYNCS = 32
 """While no rank has anything to compute, each so many-th exchange is followed by a gather; these spin too."""
 
+COUNTING_SHARE = 0.05
+"""Most of a scheduler's time that counting may take. SGLang's count walks the whole waiting queue, so with thousands in
+it not every step is counted; what was received meanwhile stays in flight until it is."""
+
+CHEAP_S = 0.0005
+"""Counting that takes no more CPU time than this is done at each step."""
+
 UNREADABLE_S = 10.0
 """A rank whose counts cannot be read for so long reports no more: its last ones would draw requests for ever."""
 
@@ -44,8 +52,15 @@ STUCK_S = 30.0
 """A scheduler whose loop makes no round for so long takes its rank out of the pool until it does: its peer may be gone,
 and SGLang's own watchdog ends such a server after 300 s. Long enough for a step that compiles."""
 
+FIRST_RIGHT_ON_DECODE = (0, 5, 14)
+"""SGLang before it counts a decode server's transferring and waiting requests twice."""
+
 AUTO = "leader"
 """The form where DP_BALANCER_FORM does not say; the README beside this has the measurements behind it."""
+
+
+_UNREAD = Held(-1, -1, -1, -1)
+"""No counts: the hook keeps its last ones."""
 
 
 class Scheduling:
@@ -63,11 +78,16 @@ class Scheduling:
         self._is_gathering = False
         self._is_settled = False
         self._agreement: Agreement | None = None
+        self._built: StepHook | None = None  # for the gather, until all have theirs
+        self._size = 0
+        self._address = ""
+        self._capacity_tokens: int | None = None
+        self._steps = 0
+        self._next_count_s = float("-inf")
         self._idle_syncs = 0
         self._idle_cadence = IDLE_SYNCS
         self._last_look = float("-inf")
         self._last_held: Held | None = None
-        self._repeats = 0
         self._unreadable_since: float | None = None
         self.received = harmless(self._trouble, "taking note of received requests")(self._on_received)
         self.stepped = harmless(self._trouble, "reporting a step")(self._on_step)
@@ -95,7 +115,7 @@ class Scheduling:
         """AFTER a step's results are in."""
         if not self._is_settled and self._agreement is None:
             self._lead("this SGLang's ranks do not exchange anything before a step")
-        if self._hook and not self._is_gathering:
+        if self._hook and not self._is_gathering and self._is_told_step():
             self._report_alone(self._hook)
 
     def _on_idle(self, scheduler: Any) -> None:
@@ -124,11 +144,13 @@ class Scheduling:
         if self._idle_syncs > 2 and self._idle_syncs % self._idle_cadence:
             return
         assert self._hook is not None
+        if not self._is_told_step():  # the same one everywhere, for all have settled at the same exchange
+            return
         try:
             self._report(self._hook)
         except Exception as error:  # whatever happened, this process brings its row
             self._trouble.note("counts", "this rank's counts cannot be read: %r", error, level=logging.ERROR)
-            self._hook.after_step(-1, -1, {})
+            self._hook.after_step(_UNREAD.tokens, _UNREAD.requests, {})
 
     # -- what they do
 
@@ -147,15 +169,34 @@ class Scheduling:
                 log.error("dp-balancer reports %s/%s no more: its counts cannot be read", self._engine, self._rank)
             raise
 
+    def _is_told_step(self) -> bool:
+        """Counts a step; whether it is one of each `every`, the first one included."""
+        self._steps += 1
+        return (self._steps - 1) % self._plugin.every == 0
+
+    def _held(self, counting: Counting) -> Held | None:
+        """What the rank holds, or None where looking again so soon would cost too much."""
+        if time.monotonic() < self._next_count_s:
+            return None
+        began = time.thread_time()
+        held = counting.held()
+        took_s = time.thread_time() - began
+        if took_s > CHEAP_S:
+            self._next_count_s = time.monotonic() + took_s / COUNTING_SHARE
+        return held
+
     def _report(self, hook: StepHook, is_idle: bool = False) -> None:
         if self._counting is None:  # it leads no rank, and brings its row
             return hook.after_step(0, 0, {})
-        held = self._counting.held()
+        held = self._held(self._counting)
+        if held is None:
+            if self._is_gathering:  # its row goes all the same
+                last = self._last_held or _UNREAD
+                hook.after_step(last.tokens, last.requests, {}, last.pending_tokens, last.kv_permille)
+            return None
         self._compiling = self._received.keys() & self._counting.waiting_for_grammar()
         ready = {rid: count for rid, count in self._received.items() if rid not in self._compiling}
-        is_news = bool(ready) or held != self._last_held
-        self._repeats = 0 if is_news else self._repeats + 1
-        if is_idle and self._repeats >= self._plugin.every:  # so often that one of them has been passed on
+        if is_idle and not ready and held == self._last_held:
             return None
         self._received = {rid: self._received[rid] for rid in self._compiling}  # their tokens are in no count yet
         self._last_held = held
@@ -169,9 +210,18 @@ class Scheduling:
             return log.error("dp-balancer reports nothing: SGLang has not hooked %s", ", ".join(absent))
         self._rank = led_rank(scheduler)
         self._idle_cadence = 1 if getattr(scheduler.server_args, "sleep_on_idle", False) else IDLE_SYNCS
+        self._address = address(self._plugin, scheduler.server_args)
         self._is_settled = self._form != "gather"
         if self._rank is not None:
-            self._counting = Counting(scheduler)
+            counting = Counting(scheduler)
+            if counting.is_decode and (0, 0, 0) < numbers(version()) < FIRST_RIGHT_ON_DECODE:
+                self._is_settled = True
+                return log.error(
+                    "dp-balancer reports nothing: SGLang %s counts requests of a decode server twice, 0.5.14 does not",
+                    version(),
+                )
+            self._capacity_tokens = counting.capacity_tokens() if self._plugin.capacity else None
+            self._counting = counting
         if self._is_settled:
             self._lead()
         return None
@@ -181,38 +231,53 @@ class Scheduling:
         return AUTO if self._plugin.form == "auto" else self._plugin.form
 
     def _settle(self, info: Any, given: dict[str, Any]) -> None:
-        """Gather or lead; every process of the group comes to the same answer at the same exchange."""
+        """Gather or lead, after four exchanges; every process of the group comes to the same answer at the same one."""
+        agreement = self._agreement
+        if agreement is None:
+            return self._propose(info, given)
+        if not agreement.is_reached():
+            return self._lead("not every process of it has this plugin, with the same settings")
+        if agreement.rounds == ROUNDS:
+            self._hook, self._built = self._built, None
+            self._is_settled = self._is_gathering = True
+            if self._hook and self._hook.publisher:
+                log.info(
+                    "dp-balancer reports %s, %d ranks, to pool %s (gather form)", self._engine, self._size, self._pool
+                )
+            return None
+        if agreement.rounds == ROUNDS - 1:
+            self._built = StepHook.gathering(
+                self._plugin.settings,
+                engine=self._engine,
+                size=self._size,
+                rank_index=self._rank,
+                group=self._scheduler.tp_cpu_group,
+                address=self._address,
+                capacity_tokens=self._capacity_tokens,
+            )
+        return agreement.speak()
+
+    def _propose(self, info: Any, given: dict[str, Any]) -> None:
+        """Say that this process will gather, or lead where SGLang's exchange is not this engine's alone."""
         from scheduler_hooks import gather
 
-        size = int(getattr(info, "num_dp_ranks", 0) or getattr(info, "dp_size", 0))
-        group = self._scheduler.tp_cpu_group
-        members, everybody = gather.sizes(group)
+        if getattr(self._scheduler.server_args, "elastic_ep_backend", None):
+            return self._lead("with elastic EP (--elastic-ep-backend) ranks come and go")
+        members, everybody = gather.sizes(self._scheduler.tp_cpu_group)
         if given.get("use_all_reduce") or members != everybody:
             return self._lead("its ranks exchange over another group than this engine's tensor parallel one")
-        if self._agreement is None:
-            can_count = self._rank is None or self._counting is not None
-            plan = f"{self._engine}/{size}/{self._plugin.every}/{IDLE_SYNCS}/{self._idle_cadence}"
-            self._agreement = Agreement(plan, members, gather.everybodys_store())
-            return self._agreement.speak() if can_count else None
-        if not self._agreement.is_reached():
-            return self._lead("not every process of it has this plugin, with the same settings")
-        self._hook = StepHook.gathering(
-            self._plugin.settings,
-            engine=self._engine,
-            size=size,
-            rank_index=self._rank,
-            group=group,
-            every=self._plugin.every,
-            address=address(self._plugin, self._scheduler.server_args),
-            capacity_tokens=self._capacity_tokens,
-        )
-        self._is_settled = self._is_gathering = True
-        if self._hook.publisher is not None:
-            log.info("dp-balancer reports %s, %d ranks, to pool %s (gather form)", self._engine, size, self._pool)
-        return None
+        self._size = int(getattr(info, "num_dp_ranks", 0) or getattr(info, "dp_size", 0))
+        row = f"{HEADER}+{IDS_PER_GATHER}"
+        cadence = f"{self._plugin.every}/{IDLE_SYNCS}/{self._idle_cadence}"
+        can_count = self._rank is None or self._counting is not None
+        self._agreement = Agreement(f"{self._engine}/{self._size}/{row}/{cadence}", members, gather.everybodys_store())
+        return self._agreement.speak() if can_count else None
 
     def _lead(self, why_not_gather: str = "") -> None:
         self._is_settled = True
+        if self._built:
+            self._built.close()
+            self._built = None
         if why_not_gather and self._rank is not None:
             log.warning("dp-balancer does not gather engine %s: %s", self._engine, why_not_gather)
         if self._rank is None or self._counting is None:
@@ -221,15 +286,10 @@ class Scheduling:
             self._plugin.settings,
             engine=self._engine,
             index=self._rank,
-            every=self._plugin.every,
-            address=address(self._plugin, self._scheduler.server_args),
+            address=self._address,
             capacity_tokens=self._capacity_tokens,
         )
         log.info("dp-balancer reports %s/%d to pool %s (leader form)", self._engine, self._rank, self._pool)
-
-    @property
-    def _capacity_tokens(self) -> int | None:
-        return self._counting.capacity_tokens() if self._plugin.capacity and self._counting else None
 
     @property
     def _engine(self) -> str:

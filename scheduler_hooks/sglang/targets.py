@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 from dataclasses import dataclass
+from importlib import metadata
 
 OLDEST, NEWEST = (0, 5, 13), (0, 5, 23)
 """Releases that the contract test has read; newer ones are tried, with a warning."""
@@ -38,6 +40,19 @@ SYNCED = Target(f"{SYNC}.all_gather", "after", ("device", "group"))
 CONTROLLER_TARGETS = (DISPATCH_ONE, DISPATCH_GENERATE, DISPATCH_EMBEDDING, CONTROLLER_READY)
 SCHEDULER_TARGETS = (RECEIVED, STEPPED, IDLE, SYNCED)
 TARGETS = CONTROLLER_TARGETS + SCHEDULER_TARGETS
+
+
+def version() -> str:
+    """SGLang's; a build without tags says 0.0.0.dev0 or 0.1.dev7, and a fork may have another distribution's name."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """The first three numbers of a release: (0, 5, 13) for 0.5.13.post1."""
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:3])
 
 
 def not_applied(targets: tuple[Target, ...]) -> list[str]:

@@ -4,7 +4,8 @@
 
 Each process plays SGLang's loop: take requests, exchange batch sizes with all others (all_gather on the TP group's CPU
 group, SGLang's own collective), step or be idle. `without` lists processes that have no plugin, `other` such as were
-given other settings. A process says what came of it in one line of JSON at its end. `interface`: where gloo listens.
+given other settings, `clumsy` such as cannot build their side of the gather. Requests come when the file `begin` is
+there, or at once. A process says what came of it in one line of JSON at its end. `interface`: where gloo listens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from balancer import Settings
+from scheduler_hooks import gather
 from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.sglang import scheduling
 from scheduler_hooks.sglang.scheduling import Scheduling
@@ -46,6 +48,8 @@ class Process:
             tp_cpu_group=group,
         )
         self.hooks = None
+        if number in plan["clumsy"]:
+            gather.TorchGather = None
         if number not in plan["without"]:
             every = 2 if number in plan["other"] else 1
             settings = Settings(url=plan["url"], pool="p", budget_ms=2_000)
@@ -87,8 +91,11 @@ def serve(plan: dict[str, Any], number: int) -> None:
     process = Process(plan, number)
     scheduling.IDLE_REPORT_S = 0.0
     scheduling.not_applied = lambda targets: []
-    for _ in range(3):
+    for _ in range(4):  # as many as the agreement takes
         process.round([])
+    while plan["begin"] and not sum_of(int(os.path.exists(plan["begin"]))):
+        process.round([])
+        time.sleep(0.002)
     mine = plan["requests"].get(str(number // plan["attn_tp"]), [])  # all processes of a rank see its requests
     for start in range(0, max(map(len, plan["requests"].values())), plan["at_once"]):
         process.round(mine[start : start + plan["at_once"]])

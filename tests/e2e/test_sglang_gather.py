@@ -54,6 +54,8 @@ def schedulers(
     at_once: int = 1_000,
     without: Sequence[int] = (),
     other: Sequence[int] = (),
+    clumsy: Sequence[int] = (),
+    begin: Path | None = None,
     meeting: str = "",
     interface: str = "lo",
     nodes: Sequence[Sequence[str]] = ((),),
@@ -68,7 +70,9 @@ def schedulers(
         "at_once": at_once,
         "without": without,
         "other": other,
+        "clumsy": clumsy,
         "requests": requests,
+        "begin": str(begin or ""),
         "end": str(end),
         "interface": interface,
     }
@@ -131,14 +135,22 @@ def test_more_ids_than_a_row_has_room_for_end_over_several_steps(
     settings: Settings, dispatcher: Dispatcher, eventually: Eventually, tmp_path: Path
 ) -> None:
     """The seed's row had room for 510 ids and asserted that there were no more."""
-    names = [f"r{number}" for number in range(700)]
-    with schedulers(str(settings.url), tmp_path, {0: names, 1: []}, world=2) as processes:
-        eventually(lambda: shows(dispatcher, [700, 0]), "700 requests are counted", within_s=60)
-        booked(dispatcher, names)  # late: they were received long ago, so their leases would have to end them
+    names, begin = [f"r{number}" for number in range(700)], tmp_path / "begin"
+    with schedulers(str(settings.url), tmp_path, {0: names, 1: []}, world=2, begin=begin) as processes:
+        eventually(lambda: shows(dispatcher, [0, 0]), "they have joined", within_s=60)
+        booked(dispatcher, names)
+        assert dispatcher.snapshot().bookings == 700
+        begin.touch()
+        eventually(lambda: shows(dispatcher, [700, 0]), "all are counted and none is in flight", within_s=30)
+        assert (dispatcher.snapshot().bookings, dispatcher.snapshot().expired) == (0, 0)
         assert all(line["gathers"] for line in processes.end())
 
 
-@pytest.mark.parametrize("difference", [{"without": [3]}, {"other": [3]}], ids=["no plugin", "other settings"])
+@pytest.mark.parametrize(
+    "difference",
+    [{"without": [3]}, {"other": [3]}, {"clumsy": [3]}, {"clumsy": [0]}],
+    ids=["no plugin", "other settings", "cannot build its side", "the first cannot"],
+)
 def test_where_one_process_would_stay_away_nobody_gathers_and_nobody_hangs(
     settings: Settings, dispatcher: Dispatcher, eventually: Eventually, tmp_path: Path, difference: dict[str, Any]
 ) -> None:

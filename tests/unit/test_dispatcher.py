@@ -364,6 +364,14 @@ def test_the_breaker_lets_one_call_through_per_probe() -> None:
     assert breaker.admits()
 
 
+def test_a_breaker_may_wait_for_several_failures_in_a_row() -> None:
+    breaker = Breaker(probe_ms=500, clock=Ticks(), opens_after=3)
+    assert [breaker.failed(), breaker.failed()] == [False, False]
+    assert not breaker.succeeded(), "it was never open"
+    assert [breaker.failed(), breaker.failed(), breaker.failed()] == [False, False, True]
+    assert not breaker.admits()
+
+
 def test_knowledge_is_asked_for_once_per_second() -> None:
     ticks = Ticks()
     known = LastKnown(refresh_ms=1_000, clock=ticks)

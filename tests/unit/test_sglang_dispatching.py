@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
-from balancer import Dispatcher, RankCounts, Reporter, Settings
+from balancer import Dispatcher, PoolAdmin, RankCounts, Reporter, Settings, StoreUnavailable
 from scheduler_hooks.plugin import PluginSettings
-from scheduler_hooks.sglang import dispatching
+from scheduler_hooks.sglang import dispatching, joined, tally, targets
 from scheduler_hooks.sglang.dispatching import Dispatching
+from tests.clock import Clock
 
 Join = Callable[..., Reporter]
 
@@ -105,9 +108,13 @@ def test_a_batch_costs_one_eval_and_its_requests_are_not_asked_for_again(
     assert len(server.controller.sent) == 101
 
 
-def test_a_batch_without_a_rank_costs_one_eval_too(settings: Settings, client: redis.Redis) -> None:
+def test_a_batch_without_a_rank_costs_one_eval_too(
+    settings: Settings, join: Join, admin: PoolAdmin, client: redis.Redis
+) -> None:
+    join("e", 4)
+    admin.drain("e")
     server = Server(settings, Controller())
-    server.dispatch(*requests(1, prefix="first"))  # connects; nobody has joined
+    server.dispatch(*requests(1, prefix="first"))  # connects; no rank may be chosen
     before = dispatches(client)
     server.dispatch_batch(*requests(100))
     assert dispatches(client) == before + 1
@@ -139,6 +146,150 @@ def test_a_rank_that_sglang_holds_inactive_is_never_chosen(settings: Settings, j
     server = Server(settings, Controller(status=[True, False, True, False]))
     server.dispatch(*requests(20))
     assert set(server.controller.sent.values()) == {0, 2}
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(joined, "LOOK_S", 0.0)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_while_a_rank_has_never_joined_sglang_places_and_its_name_is_said_once(
+    settings: Settings, join: Join, dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the second node's image lacks the plugin: a pool of half the ranks would leave the others idle."""
+    for index in (0, 1):
+        join("e", 1, index=index)
+    server = Server(settings, Controller())
+    with caplog.at_level(logging.INFO):
+        server.dispatch(*requests(8))
+        assert sorted(server.controller.sent.values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert dispatcher.snapshot().bookings == 0
+        (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert "until e/2, e/3 reports to the pool" in said
+        for index in (2, 3):
+            join("e", 1, index=index)
+        server.dispatch(*requests(8, prefix="s"))
+    assert dispatcher.snapshot().bookings == 8
+    assert "all ranks of e are in the pool now" in caplog.text
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_rank_that_has_joined_and_gone_silent_stays_avoided(
+    settings: Settings, join: Join, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    reporters = [join("e", 1, index=index) for index in range(4)]
+    server = Server(settings, Controller())
+    server.dispatch(*requests(4))
+    clock.move(10_000)
+    for reporter in reporters[:3]:
+        reporter.report(1, [RankCounts(0, 0)])
+    server.controller.sent.clear()
+    server.dispatch(*requests(12, prefix="s"))
+    assert set(server.controller.sent.values()) == {0, 1, 2}
+
+
+def test_ranks_of_a_former_life_have_not_joined_this_one(
+    settings: Settings, join: Join, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    join("e", 4)
+    clock.move(20_000)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(4))
+    assert sorted(server.controller.sent.values()) == [0, 1, 2, 3]
+    assert dispatcher.snapshot().bookings == 0
+
+
+def test_once_all_have_joined_nobody_is_looked_for(settings: Settings, join: Join, client: redis.Redis) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(2))
+    before = dispatches(client)
+    server.dispatch(*requests(20, prefix="s"))
+    assert dispatches(client) == before + 20
+
+
+def test_one_dispatch_that_misses_its_budget_leaves_the_next_ones_to_the_pool(
+    settings: Settings, join: Join, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(1, prefix="first"))
+    assert server.hooks._dispatcher
+    store, slow = server.hooks._dispatcher._store, [True, True]
+
+    def run(operation: Any, answer: Any = store.run) -> Any:
+        if slow:
+            slow.pop()
+            raise StoreUnavailable("no answer within 5 ms")
+        return answer(operation)
+
+    monkeypatch.setattr(store, "run", run)
+    server.dispatch(*requests(10))
+    counters = server.hooks._dispatcher.counters
+    assert (counters.placed, counters.fallback, counters.outages) == (9, 2, 0)
+
+
+def test_what_sglang_placed_during_an_outage_is_told_when_it_ends(
+    settings: Settings, join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    join("e", 4)
+    server = Server(replace(settings, probe_ms=1), Controller())
+    server.dispatch(*requests(1, prefix="first"))
+    assert server.hooks._dispatcher
+    store = server.hooks._dispatcher._store
+    with monkeypatch.context() as outage, caplog.at_level(logging.INFO):
+
+        def away(operation: Any) -> Any:
+            raise StoreUnavailable("connection refused")
+
+        outage.setattr(store, "run", away)
+        server.dispatch(*requests(10))
+        assert "own method placed" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        time.sleep(0.005)  # a probe is due
+        server.dispatch(*requests(1, prefix="last"))
+    (said,) = [message for message in caplog.messages if "own method placed" in message]
+    assert "of the last 12 requests SGLang's own method placed 10: 10 without an answer from Redis in time" in said
+
+
+def test_why_there_is_no_rank_is_said_again_where_it_is_another_reason(
+    settings: Settings,
+    join: Join,
+    admin: PoolAdmin,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tally, "TELL_S", 0.0)
+    join("e", 4)
+    admin.drain("e")
+    server = Server(settings, Controller())
+    with caplog.at_level(logging.INFO):
+        server.dispatch(*requests(4))
+        clock.move(10_000)
+        server.dispatch(*requests(4, prefix="s"))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [said.partition("(")[2].partition(")")[0] for said in warnings] == ["all_draining", "all_silent"]
+    assert "own method placed 1: 1 without a rank (all_silent)" in caplog.text
+
+
+def test_a_controller_that_sglang_has_not_hooked_is_named_and_left_alone(
+    settings: Settings, join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang only logs a hook that it could not apply; here the real question is asked of a registry."""
+    registry = ModuleType("sglang.srt.plugins.hook_registry")
+    hooked = {target.path: object() for target in targets.CONTROLLER_TARGETS[1:]}
+    registry.HookRegistry = SimpleNamespace(_patched=hooked)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)
+    monkeypatch.setattr(dispatching, "not_applied", targets.not_applied)
+    join("e", 4)
+    server = Server(settings, Controller())
+    server.dispatch(*requests(4))
+    assert sorted(server.controller.sent.values()) == [0, 1, 2, 3]
+    (said,) = caplog.messages
+    assert f"SGLang has not hooked {targets.DISPATCH_ONE.path}" in said
 
 
 def test_probes_and_requests_that_have_a_rank_are_left_alone(
@@ -232,6 +383,7 @@ def test_follow_bootstrap_room_is_refused_with_the_flag_to_set(
     assert dispatcher.snapshot().bookings == 0
     (said,) = caplog.messages
     assert "--load-balance-method total_tokens" in said
+    assert "on prefill and on every decode server" in said
 
 
 @pytest.mark.parametrize("value", ["1", "True", "yes", "y"])

@@ -153,6 +153,10 @@ def test_an_engine_on_several_nodes_has_one_name(monkeypatch: pytest.MonkeyPatch
     plugin: Any = SimpleNamespace(engine=None, address="")
     nodes = [SimpleNamespace(nnodes=2, dist_init_addr="10.0.0.5:5000", port=port) for port in (30000, 30001)]
     assert {identity.engine_name(plugin, node) for node in nodes} == {"10.0.0.5-5000"}
+    # Its ranks are reached through the first node, wherever they are.
+    assert [identity.address(plugin, node) for node in nodes] == ["10.0.0.5:30000", "10.0.0.5:30001"]
+    six = SimpleNamespace(nnodes=2, dist_init_addr="[fd00::5]:5000", port=30000)
+    assert identity.address(plugin, six) == "[fd00::5]:30000"
     monkeypatch.setattr("socket.gethostname", lambda: "gpu_7")
     alone = SimpleNamespace(nnodes=1, dist_init_addr=None, port=30000, host="0.0.0.0")
     assert identity.engine_name(plugin, alone) == "gpu_7-30000"

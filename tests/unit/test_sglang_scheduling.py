@@ -8,8 +8,9 @@ or in `tests/e2e/test_sglang_gather`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ import pytest
 from balancer import Dispatcher, Request, Settings, in_flight_id
 from balancer.marker import marked
 from scheduler_hooks.plugin import PluginSettings
-from scheduler_hooks.sglang import scheduling
+from scheduler_hooks.sglang import agreement, scheduling, targets
+from scheduler_hooks.sglang.agreement import Agreement
+from scheduler_hooks.sglang.counting import Counting
 from scheduler_hooks.sglang.scheduling import Scheduling
 
 Eventually = Callable[..., None]
@@ -327,6 +330,96 @@ def test_ids_that_no_report_takes_are_bounded(settings: Settings, monkeypatch: p
     assert list(hooks._received) == [f"r{number}" for number in range(15, 25)]
 
 
+def test_of_each_third_step_the_others_are_not_even_counted(
+    settings: Settings, dispatcher: Dispatcher, eventually: Eventually
+) -> None:
+    rank = Rank(settings, every=3)
+    eventually(lambda: _ranks(dispatcher), "the rank has joined")
+    looks, loads = [], rank.scheduler.load_inquirer.get_loads
+    rank.scheduler.load_inquirer.get_loads = lambda: (looks.append(1), loads())[1]
+    dispatcher.dispatch_many([Request(f"r{number}", 10) for number in range(9)])
+    for number in range(9):
+        rank.step(request(f"r{number}", 10))
+    assert len(looks) == 3
+    rank.loop()
+    eventually(lambda: shows(dispatcher, holding=90, in_flight=0, requests=9), "none of their ids is lost")
+    rank.close()
+
+
+def test_a_queue_that_takes_long_to_count_is_not_counted_at_each_step(
+    rank: Rank, dispatcher: Dispatcher, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "CHEAP_S", 0.0)
+    monkeypatch.setattr(scheduling, "COUNTING_SHARE", 1e-9)
+    dispatcher.dispatch_many([Request(f"r{number}", 10) for number in range(5)])
+    looks, loads = [], rank.scheduler.load_inquirer.get_loads
+    rank.scheduler.load_inquirer.get_loads = lambda: (looks.append(1), loads())[1]
+    for number in range(5):
+        rank.step(request(f"r{number}", 10))
+    assert len(looks) == 1
+    eventually(lambda: shows(dispatcher, holding=10, in_flight=40), "what is not counted is in flight")
+    rank.hooks._next_count_s = 0.0  # time has passed
+    rank.loop()
+    eventually(lambda: shows(dispatcher, holding=50, in_flight=0), "counted, and its ids with it")
+
+
+def test_a_prefill_server_counts_what_it_computes_and_what_it_transfers(settings: Settings) -> None:
+    """SGLang's own numbers know neither: its prefill loop has no running batch, and what is transferred is in no queue.
+
+    A rank that transfers much would look as if it had few requests, and draw more.
+    """
+    scheduler = Scheduler()
+    scheduler.disaggregation_mode = SimpleNamespace(name="PREFILL")  # type: ignore[attr-defined]
+    counting = Counting(scheduler)
+    scheduler.running = {"computed": 10, "transferred": 20}  # each has a slot
+    scheduler.waiting = [request("waits", 5)]
+    assert counting.held().requests == 3
+
+
+def test_a_decode_server_counts_each_request_once(settings: Settings) -> None:
+    """There a request has its slot already while its KV is on its way, and SGLang counts it as waiting."""
+    scheduler = Scheduler()
+    scheduler.disaggregation_mode = SimpleNamespace(name="DECODE")  # type: ignore[attr-defined]
+    counting = Counting(scheduler)
+    scheduler.running = {"on its way": 20}
+    scheduler.waiting = [request("on its way", 20)]
+    assert counting.held().requests == 1
+
+
+@pytest.mark.parametrize(("release", "reports"), [("0.5.13.post1", False), ("0.5.14", True)])
+def test_a_release_that_counts_a_decode_servers_requests_twice_is_not_reported(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    release: str,
+    reports: bool,
+) -> None:
+    monkeypatch.setattr(scheduling, "version", lambda: release)
+    scheduler = Scheduler()
+    scheduler.disaggregation_mode = SimpleNamespace(name="DECODE")  # type: ignore[attr-defined]
+    rank = Rank(settings, scheduler)
+    rank.step(request("r", 10))
+    assert bool(rank.hooks._hook) is reports
+    assert ("0.5.13.post1 counts requests of a decode server twice" in caplog.text) is not reports
+    rank.close()
+
+
+def test_a_scheduler_that_sglang_has_not_hooked_is_named_and_not_reported(
+    settings: Settings, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = ModuleType("sglang.srt.plugins.hook_registry")
+    hooked = {target.path: object() for target in targets.SCHEDULER_TARGETS[1:]}
+    registry.HookRegistry = SimpleNamespace(_patched=hooked)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)
+    monkeypatch.setattr(scheduling, "not_applied", targets.not_applied)
+    rank = Rank(settings)
+    rank.step(request("r", 10))
+    assert rank.hooks._hook is None
+    assert not _ranks(dispatcher)
+    (said,) = caplog.messages
+    assert f"SGLang has not hooked {targets.RECEIVED.path}" in said
+
+
 def test_an_idle_rank_reports_nothing_new(rank: Rank, dispatcher: Dispatcher, eventually: Eventually) -> None:
     rank.step(request("r", 10))
     eventually(lambda: shows(dispatcher, holding=10, in_flight=0), "it is counted")
@@ -379,6 +472,66 @@ def test_with_pipeline_parallelism_the_gather_is_off_and_it_is_said(
     eventually(lambda: len(_ranks(dispatcher)) == 1, "it reports alone")
     assert hooks._hook
     hooks._hook.close()
+
+
+def test_with_elastic_ep_the_gather_is_off_and_it_is_said(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """Its first exchange is like any other: only after a scale-up it is another group's."""
+    pytest.importorskip("scheduler_hooks.gather")
+    scheduler = Scheduler()
+    scheduler.server_args.elastic_ep_backend = "mooncake"
+    hooks = Scheduling(PluginSettings(settings, engine="e", form="gather"))
+    hooks.received(None, scheduler, [])
+    hooks.synced(None, SimpleNamespace(global_num_tokens=[0, 0], num_dp_ranks=2), device="cpu", group=None)
+    assert "with elastic EP" in caplog.text
+    assert hooks._hook
+    hooks._hook.close()
+
+
+class Store:
+    """The group's key-value store; `broken` makes the next read fail."""
+
+    def __init__(self) -> None:
+        self.spoken: dict[str, int] = {}
+        self.broken = False
+
+    def add(self, key: str, count: int) -> int:
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("the store does not answer")
+        self.spoken[key] = self.spoken.get(key, 0) + count
+        return self.spoken[key]
+
+
+@pytest.mark.parametrize("broken_in", [0, 1, 2])
+def test_a_process_that_cannot_read_the_agreement_never_parts_from_the_others(broken_in: int) -> None:
+    store = Store()
+    processes = [Agreement("key", 2, store) for _ in range(2)]
+    ended: list[list[bool]] = []
+    going = [True, True]
+    for number in range(agreement.ROUNDS):
+        for process, goes in zip(processes, going, strict=True):
+            if goes:
+                process.speak()
+        for at, process in enumerate(processes):
+            store.broken = at == 1 and number == broken_in
+            try:
+                going[at] = going[at] and process.is_reached()
+            except RuntimeError:
+                going[at] = False
+        ended.append(list(going))
+    assert ended[-1] in ([True, True], [False, False])
+    assert ended[-1] == [broken_in > 0] * 2
+
+
+def test_processes_of_other_versions_agree_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    mine = Agreement("key", 2, store)
+    monkeypatch.setattr(agreement, "PROTOCOL", agreement.PROTOCOL + 1)
+    theirs = Agreement("key", 2, store)
+    mine.speak()
+    theirs.speak()
+    assert not mine.is_reached()
+    assert not theirs.is_reached()
 
 
 def test_a_rank_that_cannot_count_agrees_to_no_gather(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

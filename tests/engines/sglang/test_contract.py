@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler_hooks.sglang import counting, targets
+from scheduler_hooks.sglang import counting, scheduling, targets
 from tests.engines.sglang.server import engines_home
 
 RELEASES = [
@@ -104,6 +104,21 @@ def test_a_scheduler_has_what_is_read_of_it(release: str) -> None:
     assert re.search(r"kv_allocated_len\b", requests)
     assert "def seqlen" in requests
     assert re.search(r"self\.dp_rank = dp_rank", source(release, "managers/load_snapshot.py"))
+
+
+def test_a_decode_servers_requests_are_counted_once_from_the_release_that_the_hook_reports(release: str) -> None:
+    text = source(release, "managers/scheduler_components/load_inquirer.py")
+    counts_once = "pending_token_queues = [decode_prealloc_queue, decode_retracted_queue]" in text
+    assert counts_once == (targets.numbers(release) >= scheduling.FIRST_RIGHT_ON_DECODE)
+
+
+def test_a_server_says_where_its_nodes_meet_and_whether_ranks_come_and_go(release: str) -> None:
+    fields_of_a_server = [
+        name for name in wheel(release).namelist() if re.search(r"srt/(server_args|arg_groups/.*)\.py$", name)
+    ]
+    text = "".join(wheel(release).read(name).decode() for name in fields_of_a_server)
+    for name in ("nnodes", "node_rank", "dist_init_addr", "elastic_ep_backend", "port"):
+        assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
 
 
 def test_sglangs_own_exchange_says_to_all_alike_whether_anybody_computes(release: str) -> None:

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ from balancer import BalancerError, Dispatcher, Placement, PoolSnapshot, Request
 from balancer.embedded import EmbeddedRedis
 from tests.engines.sglang.link import Link
 from tests.engines.sglang.load import Load
-from tests.engines.sglang.probe import PROBE, costs
-from tests.engines.sglang.server import SGLangServer, what_is_missing
+from tests.engines.sglang.probe import PROBE, costs, taken_in
+from tests.engines.sglang.server import KIT, SGLangServer, what_is_missing
 
 Eventually = Callable[..., float]
 
@@ -63,6 +64,9 @@ FORMS = {
 }
 CHOSEN = os.environ.get("DPB_SGLANG_FORMS", ",".join(FORMS)).split(",")
 CHUNK = 256
+LONGEST_HAND_OVER_S = 0.25
+"""A step that waited for a Redis which does not answer would wait half a second at least, a try of the report's budget;
+what is below is what two crowded cores may take from a thread."""
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
@@ -102,6 +106,25 @@ def outside(server: SGLangServer, redis_process: EmbeddedRedis, form: str) -> It
     """A dispatcher outside the engine, on the same pool, with a way to Redis of its own."""
     with Dispatcher(Settings(url=redis_process.url, pool=form, budget_ms=5_000)) as dispatcher:
         yield dispatcher
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ends_by_its_lease(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A booking that its lease ends looks like one that was acknowledged; here every one is acknowledged."""
+    if "outside" not in request.fixturenames or "killed_scheduler" in request.node.name:
+        yield
+        return
+    outside: Dispatcher = request.getfixturevalue("outside")
+    before = _expired(outside)
+    yield
+    assert _expired(outside) <= before, "a booking was left to its lease"  # less in a Redis that was emptied
+
+
+def _expired(outside: Dispatcher) -> int:
+    try:
+        return outside.snapshot().expired
+    except UnknownPool:
+        return 0
 
 
 def is_at_rest(snapshot: PoolSnapshot) -> bool:
@@ -205,11 +228,41 @@ def test_an_aborted_request_leaves_nothing(server: SGLangServer, outside: Dispat
     sender = threading.Thread(target=server.generate, args=(40, 3_000), kwargs={"rid": "to-abort"})
     sender.start()
     eventually(lambda: not is_at_rest(outside.snapshot()), "it is there")
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
-        connection.request("POST", "/abort_request", '{"rid": "to-abort"}', {"Content-Type": "application/json"})
-        connection.getresponse().close()
+    abort(server, "to-abort")
     sender.join(60)
     eventually(lambda: is_at_rest(outside.snapshot()), "the aborted request is gone")
+
+
+def abort(server: SGLangServer, rid: str) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.request("POST", "/abort_request", json.dumps({"rid": rid}), {"Content-Type": "application/json"})
+        connection.getresponse().close()
+
+
+def test_sglangs_own_bench_client_and_somebody_who_aborts_leave_nothing(
+    server: SGLangServer, outside: Dispatcher, tmp_path: Path, eventually: Eventually
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    words = ["--num-prompts", "60", "--request-rate", "inf", "--output-file", str(rows)]
+    client = subprocess.Popen([str(KIT / "bench-sglang"), server.url, *words], stdout=subprocess.DEVNULL)
+    aborted = 0
+    with ThreadPoolExecutor(4) as pool:
+        while client.poll() is None:
+            ids = [f"abort-{aborted}-{number}" for number in range(4)]
+            sent = [pool.submit(server.generate, 40, 3_000, rid=rid) for rid in ids]
+            time.sleep(0.3)  # no condition: some are aborted in the queue, some when they run
+            for rid in ids:
+                abort(server, rid)
+            while not all(answer.done() for answer in sent):  # one that had not come in when it was aborted
+                time.sleep(0.3)
+                for rid in ids:
+                    abort(server, rid)
+            aborted += len(ids)
+    assert client.returncode == 0
+    assert json.loads(rows.read_text().splitlines()[-1])["completed"] == 60
+    assert aborted
+    eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left of them")
+    eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
 
 def test_an_outside_dispatcher_names_the_rank_and_the_schedulers_hook_acknowledges(
@@ -226,6 +279,22 @@ def test_an_outside_dispatcher_names_the_rank_and_the_schedulers_hook_acknowledg
 
 
 def test_on_the_openai_endpoints_a_header_names_the_rank(
+    server: SGLangServer, shape: Form, outside: Dispatcher, eventually: Eventually
+) -> None:
+    # Not booked, or the controller would answer with the booking's rank, header or not.
+    body = {"model": "tiny", "prompt": "hello there", "max_tokens": 400, "ignore_eos": True}
+    for index in range(shape.ranks):
+        with ThreadPoolExecutor(3) as pool:
+            named = {"X_Data_Parallel_Rank": str(index)}
+            answers = [pool.submit(server.post, "/v1/completions", body, **named) for _ in range(3)]
+            eventually(lambda: requests_held(outside.snapshot()) == 3, "they run")
+            held = {rank.rank: rank.requests for rank in outside.snapshot().ranks}
+            assert held == {rank: 3 if rank == f"e/{index}" else 0 for rank in held}
+            assert all(answer.result()["choices"] for answer in answers)
+        eventually(lambda: is_at_rest(outside.snapshot()), "they are gone")
+
+
+def test_on_the_openai_endpoints_a_booked_request_is_acknowledged(
     server: SGLangServer, outside: Dispatcher, eventually: Eventually
 ) -> None:
     for number in range(4):
@@ -354,6 +423,7 @@ def test_redis_killed_and_started_again_under_load_fails_no_request_and_is_exact
         assert not load.failed
         assert [answer.result(300)["meta_info"]["completion_tokens"] for answer in long] == [tokens] * 10
         eventually(lambda: is_at_rest(looker.snapshot()), "nothing is left")
+        assert looker.snapshot().expired == 0
         eventually(lambda: agrees(looker.snapshot(), server.counted()), "Redis has the schedulers' own counts")
 
 
@@ -386,6 +456,9 @@ def test_redis_black_holed_cut_and_emptied_under_load_fails_no_request(
     assert not load.failed
     eventually(lambda: agrees(outside.snapshot(), server.counted()), "Redis has the schedulers' own counts")
     eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left", within_s=120)
+    longest_s = max(taken_in(Path(server.environment["DPB_PROBE_DIR"]))["hand_over"])
+    print(f"\n    the longest hand-over of a step so far: {longest_s * 1e3:,.0f} ms")
+    assert longest_s < LONGEST_HAND_OVER_S, "a step has waited for Redis"
 
 
 def test_redis_paused_under_load_fails_no_request(

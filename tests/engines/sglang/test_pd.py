@@ -132,17 +132,20 @@ def test_each_role_fills_its_own_pool_and_both_come_to_rest(
 def test_a_request_counts_where_it_is(pair: Pair, pools: dict[str, Dispatcher], eventually: Eventually) -> None:
     """A long prompt is whole in prefill's pool from its first chunk on, then gone there; in decode's until its end."""
     seen: list[tuple[int, int]] = []
+    requests: list[int] = []
     sender = threading.Thread(target=pair.generate, args=(3_000, 400))
     sender.start()
     while sender.is_alive():
         loads = [max(rank.load_tokens for rank in pool.snapshot().ranks) for pool in pools.values()]
         seen.append((loads[0], loads[1]))
+        requests.append(requests_held(pools["prefill"].snapshot()))
         time.sleep(0.005)
     sender.join()
     prefilling = [load for load, _ in seen if load]
     assert min(prefilling) >= 3_000
     assert max(prefilling) <= 3_010
     assert max(load for _, load in seen) >= 3_390
+    assert max(requests) == 1, "computed or on its way: prefill has one request"
     assert any(not first and second >= 3_000 for first, second in seen), "prefill is free while decode goes on"
     for pool in pools.values():
         eventually(lambda pool=pool: is_at_rest(pool.snapshot()), "nothing is left")
@@ -155,6 +158,8 @@ def test_decode_counts_requests_whose_kv_is_on_its_way(
     with ThreadPoolExecutor(8) as streams:
         answers = [streams.submit(pair.generate, 1_500, 8) for _ in range(8)]
         eventually(lambda: requests_held(pools["decode"].snapshot()) == 8, "decode has them all")
+        at_prefill = [rank.requests for rank in pools["prefill"].snapshot().ranks]
+        assert sum(at_prefill) >= 6, "and prefill all that it has not handed over"
         held = [rank.holding_tokens for rank in pools["decode"].snapshot().ranks]
         assert min(held) >= 4 * 1_500, "spread evenly, and counted while prefill is at work"
         assert [len(answer.result()) for answer in answers] == [2] * 8

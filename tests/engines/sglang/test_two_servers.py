@@ -71,3 +71,4 @@ def test_each_servers_own_controller_stays_within_it(
         answers = servers["one"].post("/generate", batch)
         assert sorted(answer["meta_info"]["dp_rank"] for answer in answers) == [0] * 4 + [1] * 4
         eventually(lambda: is_at_rest(outside.snapshot()), "nothing is left")
+        assert outside.snapshot().expired == 0

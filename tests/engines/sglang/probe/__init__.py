@@ -10,7 +10,7 @@ PROBE = Path(__file__).parent
 
 
 def taken_in(folder: Path) -> dict[str, list[float]]:
-    """What was taken, in seconds, of all processes together."""
+    """What was taken, in seconds (of what is counted, numbers), of all processes together."""
     taken: dict[str, list[float]] = {}
     for file in folder.glob("*.jsonl"):
         for line in file.read_text().splitlines():
@@ -22,7 +22,11 @@ def taken_in(folder: Path) -> dict[str, list[float]]:
 def costs(folder: Path) -> str:
     """p50 and p99 of what was taken, in microseconds."""
     lines = [f"{'inside the engine':<22}{'p50 (us)':>12}{'p99 (us)':>12}{'calls':>10}"]
-    for what, seconds in sorted(taken_in(folder).items()):
+    taken = taken_in(folder)
+    placed, left = (sum(taken.pop(what, ())) for what in ("by the pool", "by SGLang"))
+    for what, seconds in sorted(taken.items()):
         cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
         lines.append(f"{what:<22}{cuts[49] * 1e6:>12,.0f}{cuts[98] * 1e6:>12,.0f}{len(seconds):>10,}")
+    if placed or left:
+        lines.append(f"{placed / (placed + left):.1%} of {placed + left:,.0f} requests were placed by the pool")
     return "\n".join(lines)

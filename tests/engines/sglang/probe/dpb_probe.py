@@ -69,6 +69,7 @@ def _with_times(folder: str) -> None:
     from scheduler_hooks.gather import TorchGather
     from scheduler_hooks.publisher import Publisher
     from scheduler_hooks.sglang.counting import Counting
+    from scheduler_hooks.sglang.tally import Tally
     from scheduler_hooks.step_hook import StepHook
 
     file = Path(folder) / f"{os.getpid()}.jsonl"
@@ -80,6 +81,8 @@ def _with_times(folder: str) -> None:
         (Dispatcher, "dispatch_many", "dispatch"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), what, file))
+    Tally.placed = _counted(Tally.placed, "by the pool")  # type: ignore[method-assign]
+    Tally.left = _counted(Tally.left, "by SGLang")  # type: ignore[method-assign]
 
     def before_its_table_is_made(controller: Any) -> None:
         """All hooks are in place by now, so this is around them, and around SGLang's own method without them."""
@@ -99,6 +102,17 @@ def _timed(function: Any, what: str, file: Path) -> Any:
             _note(what, time.perf_counter() - began, file)
 
     return timed
+
+
+def _counted(function: Any, what: str) -> Any:
+    """As often as it is told of so many requests; a number, not a time."""
+
+    @wraps(function)
+    def counted(tally: Any, *args: Any) -> None:
+        _taken[what].append(float(args[1]) if len(args) > 1 else 1.0)
+        function(tally, *args)
+
+    return counted
 
 
 def _note(what: str, seconds: float, file: Path) -> None:
