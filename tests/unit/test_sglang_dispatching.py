@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis
@@ -58,9 +58,12 @@ class Controller:
 class Server:
     """A controller between our hooks, called as SGLang's registry calls them."""
 
+    begun: ClassVar[list[Server]] = []
+
     def __init__(self, settings: Settings, controller: Controller, **plugin: Any) -> None:
         self.controller = controller
         self.hooks = Dispatching(PluginSettings(settings, engine="e", **plugin))
+        self.begun.append(self)
 
     def dispatch(self, *requests: TokenizedRequest) -> None:
         for request in requests:
@@ -74,9 +77,13 @@ class Server:
 
 
 @pytest.fixture(autouse=True)
-def _applied(monkeypatch: pytest.MonkeyPatch) -> None:
+def _applied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatching, "not_applied", lambda targets: [])
     monkeypatch.setenv("DP_BALANCER_BUDGET_MS", "2000")
+    yield
+    while Server.begun:  # a real one's connections end with its process
+        if dispatcher := Server.begun.pop().hooks._dispatcher:
+            dispatcher.close()
 
 
 def requests(count: int, tokens: int = 10, prefix: str = "r") -> list[TokenizedRequest]:
