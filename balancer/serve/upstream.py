@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import httptools
 
 from balancer.serve.answer import Answer, UpstreamError
-
-if TYPE_CHECKING:
-    from balancer.serve.upstream_pool import Pool
 
 _MOST_HEAD = 256 * 1024
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))
@@ -26,11 +23,21 @@ _LOOKS = 8
 """A silence is noticed by so many looks at it: to an eighth, for one number set for each piece."""
 
 
+class Keeper(Protocol):
+    """Who has opened a connection."""
+
+    def keep(self, connection: Connection) -> None:
+        """It may serve another exchange."""
+
+    def lost(self, connection: Connection) -> None:
+        """It has ended."""
+
+
 class Connection(asyncio.Protocol):
     """One connection to an engine; one exchange at a time."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.idle_since = 0.0
         self.is_used = False
@@ -167,7 +174,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine is gone."""
-        self._pool.lost(self)
+        self._keeper.lost(self)
         error = UpstreamError(f"the engine closed the connection{f': {exc}' if exc else ''}", True)
         is_end = exc is None and self._ends_by_close
         if is_end:
@@ -201,7 +208,7 @@ class Connection(asyncio.Protocol):
         if self._is_whole and self._keeps and not self.transport.is_closing():
             if not self.transport.is_reading():
                 self.transport.resume_reading()
-            self._pool.keep(self)
+            self._keeper.keep(self)
         else:
             self.transport.abort()
 
