@@ -219,7 +219,7 @@ class RequestReader:
             elif low == b"host":
                 hosts += 1
             elif low == b"upgrade":
-                upgrades = value.lower()
+                upgrades += value.lower() + b","
             else:
                 expects = value.lower() == b"100-continue"
         if size > self._limits.head:
@@ -228,7 +228,7 @@ class RequestReader:
             return self.refuse(400, "a request names one Host")
         if sends and self._lets_in is not None and not self._lets_in(request):
             return self.refuse(401, "no valid API key", "invalid_api_key")
-        if upgrades and self._parser.should_upgrade():
+        if self._parser.should_upgrade():  # the parser's word alone: it is the parser that reads no body then
             if b"websocket" in upgrades:
                 return self.refuse(501, "no WebSocket passes through balancer serve: connect to an engine's address")
             self._framing = framing if sends else b""

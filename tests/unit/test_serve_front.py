@@ -105,6 +105,16 @@ def test_a_request_that_asks_for_http2_is_read_with_its_body_and_so_are_those_be
     assert not reader.is_reading
 
 
+@pytest.mark.parametrize("upgrades", [b"h2c,", b",h2c", b",", b"", b"h2c,x", b"x,,h2c", b"h2c, ,websock,et"])
+@pytest.mark.parametrize("one", [WITH_A_LENGTH, IN_CHUNKS, GET])
+def test_however_a_request_asks_for_another_protocol_its_body_is_its_body(upgrades: bytes, one: bytes) -> None:
+    headers = b"\r\nConnection: upgrade" + b"".join(b"\r\nUpgrade: " + value for value in upgrades.split(b","))
+    asks = one.replace(b"\r\nUpgrade: h2c", b"").replace(b" HTTP/1.1", b" HTTP/1.1" + headers, 1)
+    requests, reader = read_in_pieces(asks + GET, 5000)
+    assert [request.body for request in requests] == [b"" if one is GET else SMUGGLED, b""]
+    assert reader.refusal is None
+
+
 def test_a_body_behind_a_request_for_http2_keeps_to_the_limits() -> None:
     for data in (WITH_A_LENGTH, IN_CHUNKS):
         requests, reader = read_in_pieces(data, 5000, most=len(SMUGGLED) - 1)

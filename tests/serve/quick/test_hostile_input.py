@@ -114,8 +114,11 @@ def test_a_java_client_that_offers_http2_is_served_by_http1(form: str, replica: 
         assert [exchange.header(name) for name in ("Upgrade", "Connection", "HTTP2-Settings")] == [None] * 3
 
 
-def test_what_stands_in_the_body_of_a_request_for_http2_is_never_a_request(replica: Replica, engine: Engine) -> None:
-    with replica.raw(post(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n", *JAVAS)) as raw:
+@pytest.mark.parametrize("asks", [JAVAS, (*JAVAS, b"Upgrade:"), (b"Upgrade:", *JAVAS)], ids=["once", "twice", "first"])
+def test_what_stands_in_the_body_of_a_request_for_http2_is_never_a_request(
+    asks: tuple[bytes, ...], replica: Replica, engine: Engine
+) -> None:
+    with replica.raw(post(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n", *asks)) as raw:
         assert raw.answer()[0] == 400, "it is no JSON"
         raw.send(post(CHAT))
         assert raw.answer()[0] == 200, "and the connection is sound"
