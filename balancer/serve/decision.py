@@ -23,7 +23,7 @@ from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
-from balancer.serve.endpoints import Malformed, is_placed, path_of
+from balancer.serve.endpoints import Malformed, is_placed, path_of, written
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
@@ -60,7 +60,7 @@ async def _dispatch(desk: Desk, request: Inbound) -> Answered:
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
             raise InvalidInput("give the prompt's tokens, or path and body of the request")
-        tokens = (await desk.tokens.read(path, orjson.dumps(fields["body"])))[1].tokens
+        tokens = (await desk.tokens.read(path, written(fields["body"])))[1].tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
     placement, engine, index = await _place(desk, request_id, tokens)
     answer = {

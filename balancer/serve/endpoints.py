@@ -148,10 +148,18 @@ def _parsed(body: bytes) -> Any:
         # Engines read by Python's own parser, which takes NaN and Infinity too.
         if len(body) <= _LENIENT_MOST and (b"NaN" in body or b"Infinity" in body):
             try:
-                return json.loads(body)
+                return json.loads(body.decode())  # of bytes it would take UTF-16 too, and a byte order mark
             except (ValueError, RecursionError):
                 pass
         raise Malformed(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+
+
+def written(part: Any) -> bytes:
+    """The JSON of a part of a body; raises `Malformed` where it can be read and not be written."""
+    try:
+        return orjson.dumps(part)
+    except TypeError as error:
+        raise Malformed(f"a part of the body cannot be written as JSON: {error}") from None
 
 
 def _read_generate(fields: dict[str, Any], asked: Asked) -> None:
@@ -198,7 +206,7 @@ def _read_messages(fields: dict[str, Any], asked: Asked) -> None:
         if (more := fields.get(key)) is not None:
             _gather(more, asked, asked.texts)
     if tools := fields.get("tools"):
-        asked.texts.append(orjson.dumps(tools).decode())
+        asked.texts.append(written(tools).decode())
 
 
 def _gather(part: Any, asked: Asked, texts: list[str], depth: int = 0) -> None:

@@ -82,6 +82,9 @@ class Exchange:
         metrics.in_flight += 1
         try:
             await self._answer()
+        except Exception:
+            entry.status, entry.ended = entry.status or 500, "defect"
+            raise
         except asyncio.CancelledError:
             entry.ended = "client_gone"
             metrics.gone()

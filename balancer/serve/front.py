@@ -235,7 +235,8 @@ class Client(asyncio.Protocol):
             if self.begun or self.is_gone:
                 self.abort()
             else:
-                self.respond(request, 500, *self._server.complaint(500, "a defect in the dispatcher"))
+                complaint = self._server.complaint(500, "a defect in the dispatcher", path=request.path)
+                self.respond(request, 500, *complaint)
         finally:
             self.on_pause = self.on_resume = None
             self._reader.free(request)

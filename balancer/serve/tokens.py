@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from balancer.errors import InvalidInput
 from balancer.model import MAX_TOKENS
-from balancer.serve.endpoints import Asked, check_width, read_body
+from balancer.serve.endpoints import Asked, Malformed, check_width, read_body
 
 Read = TypeVar("Read")
 
@@ -106,8 +106,11 @@ class TokenCounter:
         return Counted(tokens * asked.copies, "estimate", 0 if asked.ids or asked.copies > 1 else size)
 
     def _encode(self, asked: Asked) -> Counted:
-        """The same with one."""
-        encoded = self._tokenizer.encode_batch_fast(asked.texts, add_special_tokens=False)
+        """The same with one; raises `Malformed`."""
+        try:
+            encoded = self._tokenizer.encode_batch_fast(asked.texts, add_special_tokens=False)
+        except TypeError:
+            raise Malformed("a text of the body holds half a character") from None
         tokens = sum(len(encoding.ids) for encoding in encoded)
         return Counted((asked.ids + asked.extra + tokens) * asked.copies, "tokenizer")
 

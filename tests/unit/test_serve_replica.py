@@ -471,6 +471,22 @@ async def test_what_is_turned_away_stands_in_the_access_log_and_in_the_metrics(
         assert b'code="4xx"' in made.metrics.text()
 
 
+async def test_a_defect_of_ours_is_a_500_in_the_clients_shape_and_no_success_in_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(scene.replica, "place", breaks)
+    caplog.set_level(logging.INFO, "balancer.access")
+    answer = await scene.ask("/v1/messages", {"messages": []})
+    assert (answer.status, answer.json()["type"]) == (500, "error")
+    (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
+    assert (line["status"], line["ended"]) == (500, "defect")
+    text = scene.replica.metrics.text()
+    assert b'balancer_http_requests_total{code="5xx",endpoint="/v1/messages",pool="p"} 1.0' in text
+
+
 # -- stopping
 
 
@@ -524,7 +540,12 @@ async def test_the_decision_alone_books_and_says_what_to_send(settings: Settings
         assert (await ask(port, "/balancer/v1/dispatch", body)).json()["tokens"] == 3
 
 
-@pytest.mark.parametrize("fields", [[], {}, {"tokens": 0}, {"tokens": "x"}, {"tokens": 5, "request_id": "a\r\nb: c"}])
+DEEP = {"body": {"tools": json.loads("[" * 300 + "]" * 300)}}
+
+
+@pytest.mark.parametrize(
+    "fields", [[], {}, {"tokens": 0}, {"tokens": "x"}, {"tokens": 5, "request_id": "a\r\nb: c"}, DEEP]
+)
 async def test_a_decision_that_is_asked_for_wrongly_is_a_400(scene: Scene, fields: object) -> None:
     assert (await scene.ask("/balancer/v1/dispatch", fields)).status == 400
     assert (await scene.ask("/balancer/v1/nothing")).status == 404

@@ -238,6 +238,10 @@ MALFORMED = {
     "keys twice": b'{"rid": "a", "rid": "b", "stream": false, "stream": false, "messages": []}',
     "not a number": b'{"messages": [], "temperature": NaN}',
     "a byte order mark": b"\xef\xbb\xbf" + CHAT,
+    "a byte order mark, and not a number": b'\xef\xbb\xbf{"messages": [], "temperature": NaN}',
+    "deep tools": b'{"messages": [], "tools": ' + b"[" * 300 + b"]" * 300 + b"}",
+    "tools with a huge number": b'{"messages": [], "temperature": NaN, "tools": [' + b"9" * 30 + b"]}",
+    "tools with half a character": b'{"messages": [], "temperature": NaN, "tools": ["\\ud800"]}',
 }
 
 
