@@ -6,9 +6,9 @@
 
 `authorize` makes the request's id of X-Request-Id and a suffix, since clients may send one and the same, and says it in
 X-Balancer-Request-Id: that is what to release. It takes the tokens from X-Balancer-Tokens, else from the body where the
-proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
-Content-Length). X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an
-engine. A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
+proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length).
+X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an engine. A booking
+ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from balancer.serve.options import Engine
 
 PREFIX = b"/balancer/v1/"
 _AUTHORIZE = PREFIX + b"authorize"
+_MOST_DIGITS = 10
 Answered = tuple[int, wire.Headers, bytes]
 
 
@@ -54,12 +55,14 @@ async def decide(desk: Desk, request: Inbound) -> Answered:
 
 async def _dispatch(desk: Desk, request: Inbound) -> Answered:
     fields = await desk.tokens.beside(request.body, lambda: _object(request.body))
-    path = str(fields.get("path", "/v1/completions")).encode()
+    path = path_of(str(fields.get("path", "/v1/completions")).encode())
     request_id = _given_id(fields.get("request_id"))
     tokens = fields.get("tokens")
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
             raise InvalidInput("give the prompt's tokens, or path and body of the request")
+        if not is_placed("POST", path):
+            raise InvalidInput("the path must be one that is placed: /v1/chat/completions for one")
         tokens = (await desk.tokens.read(path, written(fields["body"])))[1].tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
     placement, engine, index = await _place(desk, request_id, tokens)
@@ -112,13 +115,19 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
 
 async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
     if told := request.header(b"x-balancer-tokens"):
-        if not told.isdigit():
+        if not _is_number(told):
             raise InvalidInput("X-Balancer-Tokens must be a whole number")
         return checked_count(int(told), "X-Balancer-Tokens", 1, MAX_TOKENS)
+    counter = desk.tokens
     if request.body:
-        return (await desk.tokens.read(path, request.body))[1].tokens
-    length = request.header(b"x-original-content-length") or b"0"
-    return max(1, desk.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
+        return (counter.of_compressed(path, request) or await counter.read(path, request.body))[1].tokens
+    length = request.header(b"x-original-content-length") or b""
+    return counter.of_size(int(length) if _is_number(length) else 0).tokens
+
+
+def _is_number(told: bytes) -> bool:
+    """Whether it is one of tokens or bytes: `int` would raise for one of thousands of digits."""
+    return told.isdigit() and len(told) <= _MOST_DIGITS
 
 
 async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:

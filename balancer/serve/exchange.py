@@ -172,14 +172,8 @@ class Exchange:
 
     async def _read(self) -> None:
         request, counter = self._request, self._desk.tokens
-        if request.header(b"content-encoding") or request.header(b"x-body-compressed"):
-            if request.path == b"/generate":  # takes its rank in the body alone, and the client's own would outdo ours
-                raise Malformed("a compressed body cannot be told its rank: send it to /generate plain")
-            # Not ours to unpack: the engine gets it as it is, and it counts by its size.
-            self._asked = Asked(has_rid=True)
-            self._counted = Counted(counter.estimate.tokens(len(request.body)), "estimate")
-        else:
-            self._asked, self._counted = await counter.read(request.path, request.body)
+        path = request.path
+        self._asked, self._counted = counter.of_compressed(path, request) or await counter.read(path, request.body)
         if self._asked.rid and self._desk.takes_rids:
             self._booking_id = self._asked.rid
         self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source

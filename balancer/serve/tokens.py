@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from balancer.errors import InvalidInput
 from balancer.model import MAX_TOKENS
 from balancer.serve.endpoints import Asked, Malformed, check_width, read_body
+from balancer.serve.inbound import Inbound
 
 Read = TypeVar("Read")
 
@@ -79,6 +80,20 @@ class TokenCounter:
         counted = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, asked)
         asked.texts = None
         return asked, counted
+
+    def of_compressed(self, path: bytes, request: Inbound) -> tuple[Asked, Counted] | None:
+        """The same of a compressed body, by its size: it is not ours to unpack, the engine gets it as it is. None for
+        one that can be read. Raises `Malformed`."""
+        coding = request.header(b"content-encoding")
+        if (not coding or coding.lower() == b"identity") and not request.header(b"x-body-compressed"):
+            return None
+        if path == b"/generate":  # takes its rank in the body alone, and the client's own would outdo ours
+            raise Malformed("a compressed body cannot be told its rank: send it to /generate plain")
+        return Asked(has_rid=True), self.of_size(len(request.body))
+
+    def of_size(self, size: int) -> Counted:
+        """The tokens of a body of which the size is known."""
+        return Counted(self.estimate.tokens(size), "estimate")
 
     async def beside(self, body: bytes, read: Callable[[], Read]) -> Read:
         """What `read` makes of `body`: at once, or where that may take long in the thread. Raises `Malformed`."""

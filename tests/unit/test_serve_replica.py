@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 import ssl
@@ -550,6 +551,42 @@ async def test_a_decision_that_is_asked_for_wrongly_is_a_400(scene: Scene, field
     assert (await scene.ask("/balancer/v1/dispatch", fields)).status == 400
     assert (await scene.ask("/balancer/v1/nothing")).status == 404
     assert (await scene.ask("/balancer/v1/dispatch")).status == 405
+
+
+async def test_the_decision_reads_a_path_as_engines_do_and_takes_no_body_for_one_that_is_not_placed(
+    scene: Scene,
+) -> None:
+    async def told(path: object) -> Answer:
+        return await scene.ask("/balancer/v1/dispatch", {"path": path, "body": {"text": "hello " * 100}})
+
+    plain = (await told("/generate")).json()
+    assert (plain["tokens"], plain["headers"].get("X-Data-Parallel-Rank")) == (151, None)
+    for path in ("/generate?x=1", "/%67enerate", "/generate#x"):
+        spelled = (await told(path)).json()
+        assert (spelled["tokens"], spelled["headers"].keys()) == (151, plain["headers"].keys())
+    for path in ("/nope", "", 7, None):
+        assert (await told(path)).status == 400
+
+
+async def test_a_proxys_question_is_read_as_a_request_is(scene: Scene, admin: PoolAdmin) -> None:
+    async def booked(headers: str, raw: bytes | None = None, path: str = COMPLETIONS) -> int:
+        answer = await scene.ask(f"/balancer/v1/authorize{path}", raw=raw, headers=headers, method="POST")
+        if answer.status != 200:
+            return -answer.status
+        own = answer.headers["x-balancer-request-id"]
+        tokens = sum(view.load_tokens for view in admin.snapshot().ranks)
+        assert (await scene.ask("/balancer/v1/release", {"request_id": own})).json() == {"released": 1}
+        return tokens
+
+    packed = gzip.compress(json.dumps({"prompt": list(range(70))}).encode())
+    assert await booked("Content-Encoding: gzip\r\n", packed) == len(packed) // 4 + 1, "by its size"
+    assert await booked("Content-Encoding: gzip\r\n", packed, "/generate") == -400, "it could hide a rank"
+    assert await booked("Content-Encoding: Identity\r\n", b'{"prompt":[1,2,3]}') == 3, "which is not compressed"
+    assert await booked("X-Balancer-Tokens: 12\r\n") == 12
+    assert await booked(f"X-Balancer-Tokens: {'9' * 5000}\r\n") == -400
+    assert await booked("X-Original-Content-Length: 400\r\n") == 101
+    assert await booked("X-Original-Content-Length: 9999999999\r\n") == 2**31 - 1
+    assert await booked(f"X-Original-Content-Length: {'9' * 5000}\r\n") == 1, "no length that anybody would send"
 
 
 async def test_envoys_question_is_answered_with_headers(scene: Scene, admin: PoolAdmin) -> None:

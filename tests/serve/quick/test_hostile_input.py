@@ -162,6 +162,10 @@ def test_a_compressed_body_is_refused_where_it_could_hide_a_rank(replica: Replic
     with replica.raw(post(b"\x28\xb5\x2f\xfd", b"Content-Encoding: gzip")) as raw:
         assert b"judged by the engine" in raw.answer()[1], "elsewhere the rank stands in a header"
     engine.script = engine.completes
+    with replica.raw(post(b'{"text": "a"}', b"Content-Encoding: identity", path=b"/generate")) as raw:
+        assert raw.answer()[0] == 200, "which says that it is not"
+    with replica.raw(post(b"\x28\xb5", b"Content-Encoding: identity, gzip", path=b"/generate")) as raw:
+        assert b"compressed" in raw.answer()[1]
 
 
 def test_requests_sent_ahead_are_answered_one_after_the_other(replica: Replica, engine: Engine) -> None:
