@@ -196,9 +196,10 @@ class Client(asyncio.Protocol):
 
     def _feed(self, data: bytes) -> None:
         reader = self._reader
-        if not reader.is_reading:
-            self.deadline = time.monotonic() + self._limits.read_s
+        was_reading = reader.is_reading
         self._ahead = reader.feed(data)
+        if reader.is_reading and not was_reading:
+            self.deadline = time.monotonic() + self._limits.read_s
         self._hold_back()
         if reader.ready:
             self._begin()

@@ -24,14 +24,16 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
-async def serving(limits: Limits, answered: list[Inbound]) -> AsyncIterator[tuple[Server, socket.socket]]:
-    """A front door whose every answer is large, and a client's connection to it."""
+async def serving(
+    limits: Limits, answered: list[Inbound], answer: bytes = LARGE
+) -> AsyncIterator[tuple[Server, socket.socket]]:
+    """A front door whose answers are all the same, large if nothing is said, and a client's connection to it."""
 
-    async def answer(client: Client, request: Inbound) -> None:
+    async def responds(client: Client, request: Inbound) -> None:
         answered.append(request)
-        client.respond(request, 200, [], LARGE)
+        client.respond(request, 200, [], answer)
 
-    server = Server(answer, limits)
+    server = Server(responds, limits)
     listening = socket.create_server(("127.0.0.1", 0))
     await server.start(listening)
     with socket.create_connection(listening.getsockname()) as raw:
@@ -72,6 +74,34 @@ async def test_a_connection_that_was_slow_once_ends_when_it_is_idle() -> None:
         await until(lambda: len(answered) == 1, "it is answered")
         await read(raw, len(LARGE))
         await until(lambda: not server.clients, "the connection has ended")
+
+
+async def test_line_breaks_behind_a_request_begin_no_other_and_keep_nobody() -> None:
+    """RFC 9112, 2.2: a server ignores them."""
+    answered: list[Inbound] = []
+    async with serving(Limits(idle_s=0.5, read_s=60), answered, answer=b"ok") as (server, raw):
+        raw.send(GET)
+        loop, seen = asyncio.get_running_loop(), b""
+        while not seen.endswith(b"ok"):
+            seen += await loop.sock_recv(raw, 1000)
+        deadline = loop.time() + 20
+        with contextlib.suppress(ConnectionError):
+            while server.clients and loop.time() < deadline:
+                raw.send(b"\r\n")
+                await asyncio.sleep(0.05)
+            assert await loop.sock_recv(raw, 1000) == b"", "it was idle, and ended without a word"
+        assert not server.clients, "however many came"
+
+
+async def test_line_breaks_behind_a_request_do_not_hold_up_the_end() -> None:
+    answered: list[Inbound] = []
+    async with serving(Limits(), answered, answer=b"ok") as (server, raw):
+        raw.send(GET)
+        await until(lambda: len(answered) == 1, "it is answered")
+        raw.send(b"\r\n")
+        await asyncio.sleep(0.1)
+        assert await server.stop(within_s=5) == 0
+        assert not server.clients
 
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
