@@ -165,4 +165,5 @@ def _given_id(given: object) -> str:
 
 
 def _wrong_method() -> Answered:
-    return (405, *complaint(405, "POST it", "wrong_method"))
+    headers, body = complaint(405, "POST it", "wrong_method")
+    return 405, [*headers, (b"Allow", b"POST")], body

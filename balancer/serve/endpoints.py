@@ -32,6 +32,7 @@ _MESSAGE_TOKENS = 4
 _TEXT_KEYS = ("content", "text", "tool_calls", "function", "arguments", "input", "output", "name")
 _RID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 """An id that the body brings along is used where it can stand in a header; the engine gets it in either case."""
+_HOST = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 _LENIENT_MOST = 1 << 20
 _DEEPEST = 64
 MOST_PARTS, MOST_VALUES = 1 << 17, 1 << 21
@@ -70,6 +71,14 @@ class Asked:
 def is_placed(method: str, path: bytes) -> bool:
     """Whether a request is placed on a rank; `path` without its query."""
     return method == "POST" and path in PLACED
+
+
+def origin_form(target: bytes) -> bytes:
+    """The target without the scheme and the host that a client may name in it (RFC 9112, 3.2.2)."""
+    if not (host := _HOST.match(target)):
+        return target
+    rest = target[host.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def path_of(target: bytes) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import httptools
 
-from balancer.serve.endpoints import path_of
+from balancer.serve.endpoints import origin_form, path_of
 from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
 
@@ -185,6 +185,8 @@ class RequestReader:
         version = parser.get_http_version()
         request.is_http_10 = version == "1.0"
         request.keep_alive = parser.should_keep_alive()
+        if not request.target.startswith(b"/"):
+            request.target = origin_form(request.target)
         request.path = path_of(request.target)
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "this server speaks HTTP/1.1")

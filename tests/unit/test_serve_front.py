@@ -174,6 +174,24 @@ def test_a_path_is_taken_for_a_placed_one_where_an_engine_would_and_else_for_wha
     assert (request.path, request.target) == (path, target)
 
 
+@pytest.mark.parametrize(
+    ("target", "plain", "path"),
+    [
+        (b"http://front:8080/v1/models?a=b", b"/v1/models?a=b", b"/v1/models"),
+        (b"HTTPS://u:p@[::1]/%67enerate", b"/%67enerate", b"/generate"),
+        (b"http://front", b"/", b"/"),
+        (b"http://front?a=/b", b"/?a=/b", b"/"),
+        (b"http://front//balancer/v1/dispatch", b"//balancer/v1/dispatch", b"//balancer/v1/dispatch"),
+        (b"/http://front/generate", b"/http://front/generate", b"/http://front/generate"),
+        (b"ftp://front/generate", b"ftp://front/generate", b"ftp://front/generate"),
+    ],
+)
+def test_a_target_that_names_the_host_too_is_the_path_that_it_names(target: bytes, plain: bytes, path: bytes) -> None:
+    """RFC 9112, 3.2.2: a server takes the absolute form; 3.2.1: what goes on to the engine is the origin form."""
+    ((request,), _) = read_in_pieces(b"POST " + target + b" HTTP/1.1\r\nHost: other\r\n\r\n", 7)
+    assert (request.target, request.path) == (plain, path)
+
+
 def test_what_follows_a_whole_request_is_not_parsed_before_its_turn() -> None:
     data = b"GET / HTTP/1.1\r\nHost:x\r\n\r\n" * 10_000
     reader = RequestReader(Limits(), HeldBytes(), lambda: None)
