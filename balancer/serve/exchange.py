@@ -325,7 +325,10 @@ class Exchange:
         drop = frozenset((b"transfer-encoding", b"trailer")) if unchunk else frozenset[bytes]()
         if self._request.is_http_10 and not closes:
             more.append((b"Connection", b"keep-alive"))
-        return wire.answer_head(answer.status_line, answer.headers, more, closes, drop)
+        headers = answer.headers
+        if answer.header(b"location"):
+            headers = wire.without_address(attempt.target.engine, headers)
+        return wire.answer_head(answer.status_line, headers, more, closes, drop)
 
     def _sink(self, head: bytes = b"") -> Callable[[bytes], None]:
         counted = self._opened if self._opened is not None and self._opened.is_counted else None
