@@ -13,7 +13,6 @@ ends as always: the engine's hook acknowledges it, the proxy releases it, or its
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import orjson
@@ -24,6 +23,7 @@ from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
 from balancer.serve.endpoints import Malformed, is_placed, path_of, written
+from balancer.serve.ids import booking_id, new_id
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
@@ -99,8 +99,7 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
-    own = wire.safe_request_id(request.header(b"x-request-id"))
-    request_id = f"{own}.{random.getrandbits(32):08x}" if own else _new_id()
+    request_id = booking_id(wire.safe_request_id(request.header(b"x-request-id")))
     placement, engine, index = await _place(desk, request_id, await _tokens(desk, request, path))
     headers = [
         *_headers(engine, path, index, request_id),
@@ -151,13 +150,9 @@ def _object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _new_id() -> str:
-    return f"req-{random.getrandbits(64):016x}"
-
-
 def _given_id(given: object) -> str:
     if given is None:
-        return _new_id()
+        return new_id()
     safe = wire.safe_request_id(given.encode("utf-8", "replace")) if isinstance(given, str) else None
     if safe is None:
         raise InvalidInput("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")

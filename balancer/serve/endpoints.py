@@ -55,7 +55,6 @@ class Asked:
     extra: int = 0
     copies: int = 1
     is_list: bool = False
-    stream: bool = False
     rid: str | None = None
     has_rid: bool = False
     has_xargs: bool = False
@@ -130,7 +129,7 @@ def read_body(path: bytes, body: bytes) -> Asked:
     fields = _parsed(body)
     if not isinstance(fields, dict):
         raise Malformed("the body must be a JSON object")
-    asked = Asked(texts=[], is_object=True, has_xargs="vllm_xargs" in fields, stream=fields.get("stream") is True)
+    asked = Asked(texts=[], is_object=True, has_xargs="vllm_xargs" in fields)
     key = "request_id" if path == b"/v1/responses" else "rid"
     asked.has_rid = key in fields
     if isinstance(rid := fields.get(key), str) and _RID.fullmatch(rid):

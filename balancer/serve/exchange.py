@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import socket
 import struct
 import time
@@ -26,6 +25,7 @@ from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk, Target
 from balancer.serve.endpoints import Asked, Malformed, is_placed
 from balancer.serve.front import Client
+from balancer.serve.ids import booking_id
 from balancer.serve.inbound import Inbound
 from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
 from balancer.serve.tokens import Counted
@@ -56,9 +56,8 @@ class Exchange:
         self._client = client
         self._request = request
         own = wire.safe_request_id(request.header(b"x-request-id"))
-        self._request_id = own or f"req-{random.getrandbits(64):016x}"
-        # Two clients may send one id: a booking's is our own.
-        self._booking_id = f"{own}.{random.getrandbits(32):08x}" if own else self._request_id
+        self._booking_id = booking_id(own)
+        self._request_id = own or self._booking_id
         trace = request.header(b"traceparent")
         self.entry = Entry(
             self._request_id,

@@ -41,7 +41,6 @@ class Replica(Desk):
         super().__init__(options, settings)
         self._keys = tuple(key.encode() for key in options.api_keys)
         self.server = Server(self._answer, options.limits, self._is_let_in if self._keys else None)
-        self.server.complaint = complaint
         self.server.refused = self._note_refusal
 
     # -- life
