@@ -31,7 +31,7 @@ class Entry:
     sent_bytes: int = 0
     trace: str = ""
     ended: str = "whole"
-    """`whole`, `client_gone`, `cut` (the engine broke off), `refused` (by us)."""
+    """`whole`, `client_gone`, `cut` (the engine broke off), `refused` (by us), `defect` (of ours)."""
 
     def write(self) -> None:
         """Write the line."""
