@@ -14,6 +14,7 @@ import math
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -41,8 +42,8 @@ class Line:
         self._news.register(opened, select.POLLIN)
 
     def is_quiet(self) -> bool:
-        """Whether nothing has come that nobody has asked for: the end above all."""
-        return not self._reader.has_data() and not self._news.poll(0)
+        """Whether nothing has come that nobody has asked for: the end above all. What TLS tells itself is nothing."""
+        return not self._reader.has_data() and (not self._news.poll(0) or self._has_nothing_for_us())
 
     def ask(self, words: tuple[str | int, ...], until_s: float) -> Any:
         """Send a command; returns its reply, which may be an exception. Raises OSError where none comes by then."""
@@ -58,6 +59,16 @@ class Line:
             raise ConnectionError("the answer is not Redis'") from None
         self.has_answered = True
         return reply
+
+    def _has_nothing_for_us(self) -> bool:
+        """Whether what has come is TLS' own: a session's tickets, which follow the handshake."""
+        self._socket.setblocking(False)
+        self._limit_s = 0.0
+        try:
+            self._socket.recv(1)
+        except OSError as error:
+            return isinstance(error, BlockingIOError | ssl.SSLWantReadError)
+        return False
 
     def _wait_until(self, until_s: float) -> None:
         """The socket waits for what is left; where that is about as much as before it need not be told."""
