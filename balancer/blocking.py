@@ -4,13 +4,12 @@ The driver opens a connection (names, TLS, password, database) and hands its soc
 driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
 
-To open one takes as many round trips as there is to say, which may always be more than a caller has time for, or leave
-too little of it. Then a thread of its own opens one for the next who asks.
+To open one takes as many round trips as there is to say, and the look-up of a name, which may always be more than a
+caller has time for, or leave too little of it. Then a thread of its own opens one for the next who asks.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import socket
@@ -27,6 +26,10 @@ import hiredis
 _NOTHING_YET = object()
 _MOST_AT_ONCE = 65_536
 """Bytes that are read at once."""
+
+BESIDE_S = 2.0
+"""What is worth waiting for where no caller waits: a look-up or a handshake longer than a budget. It delays whoever
+comes when the way is good again, so it is no more than a few probes."""
 
 
 class Line:
@@ -158,7 +161,7 @@ class BlockingClient:
 
         def begin() -> None:
             try:
-                late.set_result(self._open(math.inf))
+                late.set_result(self._open(time.monotonic() + BESIDE_S))
             except Exception as error:
                 late.set_exception(error)
 
