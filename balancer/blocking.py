@@ -4,16 +4,16 @@ The driver opens a connection (names, TLS, password, database) and hands its soc
 driver's own way takes as long again around a command, most of it with the interpreter's lock held, for which an
 engine's step waits. (Event loops have one connection for all: `pipeline`.)
 
-To open one takes as many round trips as there is to say, which may always be more than a caller has time for, or leave
-too little of it. Then a thread of its own opens one for the next who asks.
+To open one takes as many round trips as there is to say, and the look-up of a name, which may always be more than a
+caller has time for, or leave too little of it. Then a thread of its own opens one for the next who asks.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +26,10 @@ import hiredis
 _NOTHING_YET = object()
 _MOST_AT_ONCE = 65_536
 """Bytes that are read at once."""
+
+BESIDE_S = 2.0
+"""What is worth waiting for where no caller waits: a look-up or a handshake longer than a budget. It delays whoever
+comes when the way is good again, so it is no more than a few probes."""
 
 
 class Line:
@@ -41,8 +45,8 @@ class Line:
         self._news.register(opened, select.POLLIN)
 
     def is_quiet(self) -> bool:
-        """Whether nothing has come that nobody has asked for: the end above all."""
-        return not self._reader.has_data() and not self._news.poll(0)
+        """Whether nothing has come that nobody has asked for: the end above all. What TLS tells itself is nothing."""
+        return not self._reader.has_data() and (not self._news.poll(0) or self._has_nothing_for_us())
 
     def ask(self, words: tuple[str | int, ...], until_s: float) -> Any:
         """Send a command; returns its reply, which may be an exception. Raises OSError where none comes by then."""
@@ -58,6 +62,16 @@ class Line:
             raise ConnectionError("the answer is not Redis'") from None
         self.has_answered = True
         return reply
+
+    def _has_nothing_for_us(self) -> bool:
+        """Whether what has come is TLS' own: a session's tickets, which follow the handshake."""
+        self._socket.setblocking(False)
+        self._limit_s = 0.0
+        try:
+            self._socket.recv(1)
+        except OSError as error:
+            return isinstance(error, BlockingIOError | ssl.SSLWantReadError)
+        return False
 
     def _wait_until(self, until_s: float) -> None:
         """The socket waits for what is left; where that is about as much as before it need not be told."""
@@ -147,7 +161,7 @@ class BlockingClient:
 
         def begin() -> None:
             try:
-                late.set_result(self._open(math.inf))
+                late.set_result(self._open(time.monotonic() + BESIDE_S))
             except Exception as error:
                 late.set_exception(error)
 

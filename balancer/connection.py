@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from balancer.address import Address, Node, redacted
-from balancer.blocking import BlockingClient, Line
+from balancer.blocking import BESIDE_S, BlockingClient, Line
 from balancer.errors import CorruptPool, InvalidInput, StoreDenied, StoreError, StoreUnavailable
 from balancer.names import Names
 from balancer.pipeline import Opened, PipelinedClient
@@ -68,19 +68,19 @@ _names = Names()
 
 
 class _Timed:
-    """A connection that is open by `until_s` or not at all: no step of its opening waits longer than what is left.
+    """A connection whose opening has until `until_s`: no step of it waits longer than what is left.
 
     The driver knows a limit for each step only: for each address, and for each reply to what it has to say.
     """
 
-    until_s = math.inf
+    until_s: float
 
     def read_response(self, *arguments: Any, **named: Any) -> Any:
-        self._sock.settimeout(self._left_s(self.socket_timeout))  # type: ignore[attr-defined]
+        self._sock.settimeout(self._left_s())  # type: ignore[attr-defined]
         return super().read_response(*arguments, **named)  # type: ignore[misc]
 
-    def _left_s(self, limit_s: float | None) -> float:
-        left_s = min(limit_s or math.inf, self.until_s - time.monotonic())
+    def _left_s(self) -> float:
+        left_s = self.until_s - time.monotonic()
         if left_s <= 0:
             raise driver.TimeoutError("no time is left")
         return left_s
@@ -91,13 +91,16 @@ class _UnixConnection(_Timed, redis.UnixDomainSocketConnection):
 
 
 class _Connection(_Timed, redis.Connection):
-    """One whose host's name is looked up within the time for connecting; the driver's own look-up has no limit."""
+    """One whose host's name is looked up within what is left; the driver's own look-up has no limit.
+
+    An address has about the time of a try: where that is too little for a connection it is for a command too.
+    """
 
     def _connect(self) -> socket.socket:
-        name, limit_s, problem = self.host, self.socket_connect_timeout, OSError("no address")
+        name, limit_s, problem = self.host, self.socket_connect_timeout or math.inf, OSError("no address")
         try:
-            for address in _names.addresses(name, self._left_s(limit_s)):
-                self.host, self.socket_connect_timeout = address, self._left_s(limit_s)
+            for address in _names.addresses(name, self._left_s()):
+                self.host, self.socket_connect_timeout = address, min(limit_s, self._left_s())
                 try:
                     found = cast(socket.socket, super()._connect())  # type: ignore[no-untyped-call]
                     found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
@@ -117,19 +120,22 @@ class _TlsConnection(redis.SSLConnection, _Connection):
         self._context = context
 
     def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-        sock.settimeout(self._left_s(self.socket_timeout))
+        sock.settimeout(self._left_s())
         return self._context.wrap_socket(sock, server_hostname=self.host)
 
 
 class _AsyncConnection(redis.asyncio.Connection):
-    """The same for asyncio, where a look-up without a limit would hold one of the loop's few threads."""
+    """The same for asyncio, where a look-up without a limit would hold one of the loop's few threads.
+
+    One opens for all, and each of them waits no longer than it can: the look-up need not end within their time.
+    """
 
     _tls: ssl.SSLContext | None = None
     _address = ""
 
     async def _connect(self) -> None:
         problem = OSError("no address")
-        for address in await _names.addresses_async(self.host, self.socket_connect_timeout or 0):
+        for address in await _names.addresses_async(self.host, max(BESIDE_S, self.socket_connect_timeout or 0)):
             self._address = address
             try:
                 await super()._connect()  # type: ignore[no-untyped-call]

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import AsyncDispatcher, Dispatcher, Settings, StoreUnavailable, protocol
+from balancer import AsyncDispatcher, Dispatcher, NoRank, Settings, StoreUnavailable, connection, protocol
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation
+from balancer.names import Names
 from balancer.store import AsyncStore, Store
 from tests.either import Awaited
+from tests.paths import Listener, named
 
 SLACK_S = 0.3
 """What two crowded cores may add."""
@@ -40,73 +42,6 @@ def store(request: pytest.FixtureRequest) -> Iterator[MakeStore]:
     yield make
     for store in made:
         store.close()
-
-
-class Listener:
-    """A port of this machine; each connection is served by a thread."""
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._taken: list[socket.socket] = []
-        self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def serve(self, connection: socket.socket) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        for each in (self._socket, *self._taken):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._socket.accept()
-                self._taken.append(connection)
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            self.serve(connection)
-
-
-class Name(Listener):
-    """A name, or a virtual address: it leads new connections to `target`; those that are open stay where they are."""
-
-    def __init__(self, target: int, delay_s: float = 0.0) -> None:
-        self.target, self.delay_s = target, delay_s
-        self.connections = 0
-        self._dead_until = 0
-        super().__init__()
-
-    def lose_open_paths(self) -> None:
-        """What is open now delivers nothing any more, and nobody is told."""
-        self._dead_until = self.connections
-
-    def serve(self, connection: socket.socket) -> None:
-        self.connections += 1
-        number = self.connections
-        beyond = socket.create_connection(("127.0.0.1", self.target))
-        self._taken.append(beyond)
-        threading.Thread(target=self._pass, args=(beyond, connection, number, True), daemon=True).start()
-        self._pass(connection, beyond, number, False)
-
-    def _pass(self, source: socket.socket, sink: socket.socket, number: int, is_reply: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                time.sleep(self.delay_s * is_reply)
-                if number > self._dead_until:
-                    sink.sendall(data)
-            sink.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def named(target: int, delay_s: float = 0.0) -> Iterator[Name]:
-    """A name, whose replies take so long."""
-    with closing(Name(target, delay_s)) as name:
-        yield name
 
 
 def url_of(*ports: int, scheme: str = "redis", path: str = "") -> str:
@@ -255,6 +190,48 @@ def test_a_connection_that_takes_longer_than_a_budget_is_there_for_the_next_oper
         eventually(is_there, "the connection that the first operation has begun to open is open", within_s=20)
     client.acl_deluser("slow")
     client.flushall()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_name_whose_look_up_takes_longer_than_a_budget_is_there_for_the_next_probe(
+    kind: str, redis_server: EmbeddedRedis, client: redis.Redis, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is not remembered, so it must be waited for."""
+
+    def look(host: str) -> list[str]:
+        time.sleep(0.5)
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr(connection, "_names", Names(look))
+    with closing(Store(Settings(url=redis_server.url, pool="p", budget_ms=10_000))) as quick:
+        quick.run(JOIN)
+        quick.run(protocol.dispatch("p", "d", [protocol.Request("a", 1)]))  # so that Redis knows the script
+    settings = Settings(f"redis://far:{redis_server.port}", pool="p", budget_ms=200, tries=1, probe_ms=900)
+    dispatcher: Any = Dispatcher(settings) if kind == "sync" else Awaited(AsyncDispatcher(settings))
+
+    def is_placed() -> bool:
+        try:
+            return bool(dispatcher.dispatch("a", 1).outcome == "repeated")
+        except NoRank:  # it has never seen a rank to fall back to
+            return False
+
+    assert not is_placed()
+    eventually(is_placed, "Redis places")
+    dispatcher.close()
+
+
+def test_an_address_that_leads_nowhere_makes_way_for_the_next_of_the_same_name(
+    store: MakeStore, redis_server: EmbeddedRedis, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_names", Names(lambda host: ["127.0.0.2", "127.0.0.1"]))
+    with contextlib.ExitStack() as full:  # a system that takes no more connections does not say so
+        full.enter_context(socket.create_server(("127.0.0.2", redis_server.port), backlog=0))
+        for _ in range(2):
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.2", redis_server.port))
+        subject = store(f"redis://two:{redis_server.port}", budget_ms=2_000)
+        assert subject.run(JOIN).epoch > 0
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

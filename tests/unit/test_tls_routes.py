@@ -1,4 +1,4 @@
-"""Sentinel and Cluster over TLS, certificates for both sides: the look-up and the redirection are encrypted too."""
+"""TLS with certificates for both sides. Sentinel and Cluster: the look-up and the redirection are encrypted too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import pytest
 import redis
 import uvloop
 
-from balancer import AsyncDispatcher, Dispatcher, Outcome, RankCounts, Reporter, Settings, StoreDenied
+from balancer import AsyncDispatcher, Dispatcher, NoRank, Outcome, RankCounts, Reporter, Settings, StoreDenied
 from balancer.keys import pool_keys
+from balancer.store import Store
 from tests.either import Awaited
+from tests.paths import named
 
 Eventually = Callable[..., None]
 HIGHEST_PORT = 55_000
@@ -131,6 +135,35 @@ def _is_served(settings: Settings) -> None:
     for number, dispatcher in enumerate(kinds):
         assert dispatcher.dispatch(f"r{number}", 10).outcome is Outcome.PLACED
         dispatcher.close()
+
+
+def test_a_connection_that_takes_longer_than_a_budget_is_there_for_the_next_probe(
+    servers: Servers, eventually: Eventually
+) -> None:
+    """No password and no database, so nothing has been said on it when the server's session tickets come."""
+    server = servers.start()
+    settings = servers.settings(f"rediss://127.0.0.1:{_port(server)}")
+    _is_served(settings)  # so that Redis knows the script
+    with named(_port(server), delay_s=0.3) as name:
+        hasty = replace(settings, url=f"rediss://127.0.0.1:{name.port}", budget_ms=500, tries=1, probe_ms=1_200)
+        with Dispatcher(hasty) as dispatcher:
+
+            def is_placed() -> bool:
+                try:
+                    return dispatcher.dispatch("a", 1).outcome is not Outcome.FALLBACK
+                except NoRank:  # it has never seen a rank to fall back to
+                    return False
+
+            assert not is_placed(), "the handshake leaves too little time to ask"
+            eventually(is_placed, "Redis places by the connection that was opened beside", within_s=20)
+
+
+def test_a_connection_that_the_server_closed_meanwhile_costs_no_try(servers: Servers) -> None:
+    server = servers.start()
+    with closing(Store(servers.settings(f"rediss://127.0.0.1:{_port(server)}", tries=1))) as store:
+        store.command("PING")
+        server.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        assert store.command("PING")
 
 
 def test_sentinels_are_asked_over_tls_and_with_their_own_password(servers: Servers) -> None:
