@@ -16,6 +16,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -92,9 +93,14 @@ class BlockingClient:
 
     def __init__(self, open_: Callable[[float], Line], is_farewell: Callable[[Exception], bool]) -> None:
         self._open, self._is_farewell = open_, is_farewell
+        self._begin()
+
+    def _begin(self) -> None:
+        """With no connections; whoever forgets to close has them closed all the same."""
         self._idle: list[Line] = []
         self._late: list[Future[Line]] = []  # opened beside, and nobody waits for them
         self._pid = os.getpid()
+        weakref.finalize(self, _close_all, self._idle, self._late).atexit = False
 
     def execute_command(self, *words: str | int, until_s: float) -> Any:
         """One command and its reply; raises what opening raises, the node's errors, or OSError where no reply comes."""
@@ -108,7 +114,7 @@ class BlockingClient:
                 self._idle.append(line)
             else:  # what may still come on it is nobody's reply, and the idle ones lead where it led
                 line.close()
-                self._drop_idle()
+                _close_all(self._idle)
                 if not line.has_answered:  # to open it may have left too little time to ask
                     self._open_beside()
         try:
@@ -120,19 +126,11 @@ class BlockingClient:
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
-        self._drop_idle()
-        with suppress(IndexError):
-            while True:
-                self._late.pop().add_done_callback(_close)
-
-    def _drop_idle(self) -> None:
-        with suppress(IndexError):  # none is left, for others take them too
-            while True:
-                self._idle.pop().close()
+        _close_all(self._idle, self._late)
 
     def _taken(self, until_s: float) -> Line:
         if self._pid != os.getpid():
-            self._idle, self._late, self._pid = [], [], os.getpid()
+            self._begin()
         with suppress(IndexError):  # none is idle
             while not (line := self._idle.pop()).is_quiet():
                 line.close()
@@ -173,6 +171,15 @@ class BlockingClient:
 def _is_promising(opening: Future[Line]) -> bool:
     """Whether it is under way, or has led to a connection that is still good."""
     return not opening.done() or (opening.exception() is None and opening.result().is_quiet())
+
+
+def _close_all(idle: list[Line], late: list[Future[Line]] | None = None) -> None:
+    with suppress(IndexError):  # none is left, for others take them too
+        while True:
+            idle.pop().close()
+    with suppress(IndexError):
+        while late:
+            late.pop().add_done_callback(_close)
 
 
 def _close(opening: Future[Line]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import redis
 
 from balancer import InvalidInput, RankCounts, Request, Settings, StoreDenied, StoreError, StoreUnavailable, protocol
+from balancer.blocking import BlockingClient, Line
 from balancer.embedded import EmbeddedRedis
 from balancer.model import Incarnation, Report
 from balancer.store import AsyncStore, Store
@@ -244,6 +246,25 @@ def test_a_store_that_nobody_holds_any_more_leaves_no_connection_behind(
         eventually(lambda: int(plain.info("clients")["connected_clients"]) == before, "its connection is closed")
     finally:
         gc.enable()
+
+
+def test_the_connections_of_one_that_is_part_of_a_circle_are_closed_before_it_is_collected() -> None:
+    """Or a socket may be found before its owner, and what is told then is a leak (ResourceWarning)."""
+    ours, theirs = socket.socketpair()
+    closed = []
+
+    def close() -> None:
+        closed.append(ours.fileno() >= 0)
+        ours.close()
+
+    with theirs:
+        client = BlockingClient(lambda until_s: Line(ours, Exception, close), lambda error: False)
+        theirs.sendall(b"+PONG\r\n")
+        assert client.execute_command("PING", until_s=time.monotonic() + 1) == b"PONG"
+        client.circle = client  # type: ignore[attr-defined]
+        del client
+        gc.collect()
+    assert closed == [True]
 
 
 def test_a_reply_that_came_too_late_is_nobodys(blocking: Store, server: EmbeddedRedis) -> None:
