@@ -195,6 +195,7 @@ class Exchange:
         try:
             placement, target, index = await desk.place(self._booking_id, self._counted.tokens, failed)
         except NoRank as error:
+            self._booked = False  # what Redis may have booked unheard, the dispatcher owes it
             if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
                 return self._unplaced(failed)
             raise

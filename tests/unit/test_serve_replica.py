@@ -309,6 +309,27 @@ async def test_a_full_pool_is_a_429_and_an_empty_one_a_503_with_a_time_to_come_b
         assert anthropic.json()["type"] == "error"
 
 
+async def test_a_refused_request_has_nothing_to_release(
+    settings: Settings, join: Join, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool is full when Redis is busiest: a refusal costs the one EVAL that refuses."""
+    join("e", 1, capacity_tokens=100)
+    async with mock_engine() as (_, at), replica(settings, word(at, ",kind=sglang,hook=e")) as (made, port):
+        released: list[str] = []
+        release = made.bookings.dispatcher.release
+
+        async def noted(*ids: str) -> int:
+            released.extend(ids)
+            return await release(*ids)
+
+        monkeypatch.setattr(made.bookings.dispatcher, "release", noted)
+        for _ in range(5):
+            assert (await ask(port, COMPLETIONS, {"prompt": [1] * 101})).status == 429
+        served = await ask(port, COMPLETIONS, {"prompt": [1]})
+        await until(lambda: in_flight(client) == 0, "the one that was placed has ended")
+        assert released == [served.headers["x-request-id"]]
+
+
 async def test_a_rank_of_an_engine_that_is_not_ours_is_passed_over(settings: Settings, join: Join) -> None:
     join("elsewhere", 4)
     async with mock_engine() as (_, at), replica(settings, word(at, ",name=here")) as (made, port):
