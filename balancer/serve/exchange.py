@@ -105,10 +105,8 @@ class Exchange:
         desk.retries.earn()
         failed: set[str] = set()
         attempt: _Try | None = None
-        why = UpstreamError("", False)
+        why, reason = UpstreamError("", False), ""
         for number in range(desk.options.tries):
-            entry = self.entry
-            entry.tries = number + 1
             try:
                 attempt = await self._choose(tuple(sorted(failed)))
             except NoRank as error:
@@ -119,6 +117,10 @@ class Exchange:
             except BalancerError as error:
                 log.warning("request=%s cannot be placed: %s", self._request_id, error)
                 return self._refuse(503, "the dispatcher's store refuses to place requests", "store_refused")
+            self.entry.tries = number + 1
+            if reason:
+                desk.metrics.retried(reason)
+                reason = ""
             is_last = number + 1 == desk.options.tries
             try:
                 connection, answer = await self._send(attempt)
@@ -133,7 +135,6 @@ class Exchange:
                 attempt.target.stand_in.suspect(is_certain=not error.connected)
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
-                reason = "broke_off" if error.connected else "no_connection"
                 if (
                     is_last
                     or (error.connected and not self._may_repeat)
@@ -141,7 +142,7 @@ class Exchange:
                     or not desk.retries.spend()
                 ):
                     break
-                desk.metrics.retried(reason)
+                reason = "broke_off" if error.connected else "no_connection"
                 await self._unbook()
                 continue
             if (
@@ -151,7 +152,7 @@ class Exchange:
                 and desk.has_other(failed.union(attempt.target.engine.ranks))
                 and desk.retries.spend()
             ):
-                desk.metrics.retried(f"status_{answer.status}")
+                reason = f"status_{answer.status}"
                 why = UpstreamError(f"the engine answered {answer.status}", True)
                 failed.update(attempt.target.engine.ranks)
                 connection.give_back()
