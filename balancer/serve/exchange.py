@@ -77,14 +77,15 @@ class Exchange:
         self._last: deque[bytes] = deque(maxlen=LAST_PIECES)
 
     async def run(self) -> None:
-        """Answer the request. Cancelled when the client goes."""
+        """Answer the request. Cancelled when the client goes, or is cut off."""
         entry, metrics = self.entry, self._desk.metrics
         metrics.in_flight += 1
         try:
             await self._answer()
         except asyncio.CancelledError:
-            entry.ended = "client_gone"
-            metrics.gone()
+            entry.ended = "cut_by_us" if self._client.is_cut else "client_gone"
+            if not self._client.is_cut:
+                metrics.gone()
             raise
         finally:
             if self._booked:

@@ -116,6 +116,8 @@ class Client(asyncio.Protocol):
         self._is_over = False
         self.begun = False
         self.is_gone = False
+        self.is_cut = False
+        """Whether it is we who ended the connection, in the middle of whatever there was."""
         self.is_paused = False
         self.deadline = time.monotonic() + self._limits.idle_s
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
@@ -180,6 +182,7 @@ class Client(asyncio.Protocol):
 
     def abort(self) -> None:
         """End without ceremony."""
+        self.is_cut = True
         self.transport.abort()
 
     # -- reading

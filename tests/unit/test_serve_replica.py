@@ -463,6 +463,31 @@ async def test_the_access_log_says_who_where_and_how_long_but_never_what(
 
 
 @pytest.mark.parametrize(
+    ("how", "ended", "gone"),
+    [("it leaves", "client_gone", 1), ("it does not read", "cut_by_us", 0), ("we stop", "cut_by_us", 0)],
+)
+async def test_a_client_that_we_cut_off_is_not_said_to_have_left(
+    settings: Settings, caplog: pytest.LogCaptureFixture, how: str, ended: str, gone: int
+) -> None:
+    caplog.set_level(logging.INFO, "balancer.access")
+    endless = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + b"x" * 20_000_000
+    limits = Limits(write_s=0.1 if how == "it does not read" else 60.0)
+    async with scripted(endless, then_close=False) as at, replica(settings, word(at), limits=limits) as (made, port):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.readuntil(b"\r\n\r\n")
+        if how == "it leaves":
+            writer.close()
+        elif how == "we stop":
+            await made.server.stop(0.1)
+        await until(lambda: caplog.records, "the line is written")
+        (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
+        assert line["ended"] == ended
+        assert f'balancer_client_gone_total{{pool="p"}} {gone}.0'.encode() in made.metrics.text()
+        writer.close()
+
+
+@pytest.mark.parametrize(
     ("raw", "status", "path"),
     [
         (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 401, "/v1/completions"),
