@@ -117,7 +117,7 @@ class Replica(Desk):
         away = self.bookings.dispatcher.is_falling_back
         stopping = self.server.draining or self.server.stopping
         ready = path == b"/healthz" or (reachable > 0 and not stopping)
-        may_not_place = not self.bookings.is_pool_known and not (away and self.options.redis_away == "engine")
+        may_not_place = not self.bookings.is_rank_known and not (away and self.options.redis_away == "engine")
         if path == b"/readyz" and may_not_place:
             ready = False
         fields = {

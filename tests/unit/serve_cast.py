@@ -53,7 +53,7 @@ async def replica(
     await made.start(sock)
     try:
         if ready:
-            await until(lambda: made.bookings.is_pool_known, "the pool has an engine")
+            await until(lambda: made.bookings.is_rank_known, "the pool has a rank for it")
         yield made, sock.getsockname()[1]
     finally:
         await made.stop()

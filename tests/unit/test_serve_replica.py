@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import PoolAdmin, RankCounts, Reporter, Settings, in_flight_id
+from balancer import NoRank, PoolAdmin, RankCounts, Reporter, Settings, in_flight_id
+from balancer.serve.desk import Desk
 from balancer.serve.mock import MockEngine
-from balancer.serve.options import Limits
+from balancer.serve.options import Limits, Options, parse_engine
 from balancer.serve.replica import Replica
 from balancer.serve.workers import bound
 from tests.unit.serve_cast import HOST, Answer, ask, mock_engine, read_answer, replica, until
@@ -427,8 +428,55 @@ async def test_ready_means_that_there_is_somebody_to_send_to(settings: Settings,
     async with mock_engine() as (_, at), replica(settings, word(at, ",kind=vllm,hook=e"), ready=False) as (made, port):
         assert (await ask(port, "/readyz")).status == 503
         join("e", 1)
-        await until(lambda: made.bookings.is_pool_known, "the engine is known")
+        await until(lambda: made.bookings.is_rank_known, "its rank is known")
         assert (await ask(port, "/readyz")).status == 200
+
+
+async def test_ready_means_that_there_is_a_rank_of_an_engine_of_its_own(settings: Settings, join: Join) -> None:
+    join("elsewhere", 2)
+    async with mock_engine() as (_, at), replica(settings, word(at, ",hook=e"), ready=False) as (made, port):
+        await until(lambda: made.bookings.ranks == {"elsewhere/0", "elsewhere/1"}, "the others are known")
+        assert (await ask(port, "/readyz")).status == 503
+        refused = await ask(port, COMPLETIONS, {"prompt": "hi"})
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "nobody_joined")
+        join("e", 1)
+        await until(lambda: made.bookings.is_rank_known, "its rank is known", within_s=3)
+        assert (await ask(port, "/readyz")).status == 200
+        assert (await ask(port, COMPLETIONS, {"prompt": "hi"})).headers["x-balancer-rank"] == "e/0"
+
+
+async def test_an_engine_that_cannot_be_reached_is_not_said_to_drain(settings: Settings, join: Join) -> None:
+    async with mock_engine() as (_, down):
+        pass
+    join("down", 1)
+    async with (
+        mock_engine() as (_, at),
+        replica(settings, word(down, ",hook=down"), word(at, ",hook=e")) as (made, port),
+    ):
+        await until(lambda: not made.targets[0].stand_in.answers, "it does not answer")
+        refused = await ask(port, COMPLETIONS, {"prompt": "hi"})
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "nobody_joined"), (
+            "the other's hook is missing"
+        )
+
+
+async def test_ranks_are_named_only_where_not_every_rank_will_do(settings: Settings) -> None:
+    many = [f"http://{HOST}:{port},kind=sglang,dp=8,name=e{port}" for port in range(1, 131)]
+    made = Desk(Options(tuple(parse_engine(word) for word in many[:4])), settings)
+    everywhere = tuple(f"e{engine}/{index}" for engine in range(1, 5) for index in range(8))
+    assert made.among() == ()
+    assert made.among(everywhere[:8]) == everywhere[8:]
+    made.targets[1].stand_in.answers = False
+    assert made.among() == everywhere[:8] + everywhere[16:]
+    assert made.among((*everywhere[:8], *everywhere[16:])) == everywhere[8:16], "the silent one, where no other is left"
+    with pytest.raises(NoRank, match="all_silent"):
+        made.among(everywhere)
+    for target in made.targets:
+        target.stand_in.answers = False
+    assert made.among() == (), "a wrong look must not turn everybody away"
+    large = Desk(Options(tuple(parse_engine(word) for word in many)), settings)
+    large.targets[0].stand_in.answers = False
+    assert large.among() == (), "more than a dispatch may name"
 
 
 @pytest.mark.parametrize(("redis_away", "status"), [("last_known", 503), ("engine", 200)])
