@@ -51,7 +51,7 @@ class Replica(Desk):
         self.bookings.start()
         for target in self.targets:
             target.stand_in.start()
-        await self.server.start(sock, ssl=front_door(self.options))
+        await self.server.start(sock, **front_door(self.options))
         self._gauging = asyncio.create_task(self._gauge())
 
     async def wait_for_ranks(self, within_s: float) -> None:

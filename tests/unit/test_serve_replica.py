@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import ssl
-import subprocess
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,16 +371,6 @@ async def test_without_a_key_nobody_comes_in_and_the_key_goes_no_further(setting
         sent = [(name.lower(), value) for seen in engine.requests if seen[0] == "POST" for name, value in seen[2]]
         assert (b"authorization", b"Bearer inner") in sent
         assert not any(b"front" in value for name, value in sent if name != b"host")
-
-
-async def test_tls(settings: Settings, tmp_path: Path) -> None:
-    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
-    more = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
-    subprocess.run([*make.split(), *more], check=True, capture_output=True)
-    async with mock_engine() as (_, at), replica(settings, word(at), cert_file=cert, key_file=key) as (_, port):
-        answer = await ask(port, COMPLETIONS, {"prompt": "hi"}, tls=ssl.create_default_context(cafile=cert))
-        assert answer.status == 200
 
 
 async def test_limits_are_kept_with_a_clear_word(settings: Settings) -> None:
