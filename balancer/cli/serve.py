@@ -127,6 +127,8 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InvalidInput(f"--api-key-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"--api-key-file {path} cannot be read: it is not UTF-8") from None
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise InvalidInput(f"--api-key-file {path} holds no key")

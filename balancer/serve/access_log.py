@@ -32,7 +32,7 @@ class Entry:
     trace: str = ""
     ended: str = "whole"
     """`whole`, `client_gone`, `cut` (the engine broke off), `cut_by_us` (we stopped, or the client did not read),
-    `refused` (by us)."""
+    `refused` (by us), `defect` (of ours)."""
 
     def write(self) -> None:
         """Write the line."""

@@ -6,14 +6,13 @@
 
 `authorize` makes the request's id of X-Request-Id and a suffix, since clients may send one and the same, and says it in
 X-Balancer-Request-Id: that is what to release. It takes the tokens from X-Balancer-Tokens, else from the body where the
-proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length,
-Content-Length). X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an
-engine. A booking ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
+proxy sends it along (Envoy's with_request_body), else from the length that it names (X-Original-Content-Length).
+X-Balancer-Keeps-Key in its answer means that the client's key opened this door and is nothing for an engine. A booking
+ends as always: the engine's hook acknowledges it, the proxy releases it, or its lease ends.
 """
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import orjson
@@ -23,12 +22,14 @@ from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request
 from balancer.serve import wire
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
-from balancer.serve.endpoints import Malformed, is_placed, path_of
+from balancer.serve.endpoints import Malformed, is_placed, path_of, written
+from balancer.serve.ids import booking_id, new_id
 from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
 PREFIX = b"/balancer/v1/"
 _AUTHORIZE = PREFIX + b"authorize"
+_MOST_DIGITS = 10
 Answered = tuple[int, wire.Headers, bytes]
 
 
@@ -54,13 +55,15 @@ async def decide(desk: Desk, request: Inbound) -> Answered:
 
 async def _dispatch(desk: Desk, request: Inbound) -> Answered:
     fields = await desk.tokens.beside(request.body, lambda: _object(request.body))
-    path = str(fields.get("path", "/v1/completions")).encode()
+    path = path_of(str(fields.get("path", "/v1/completions")).encode())
     request_id = _given_id(fields.get("request_id"))
     tokens = fields.get("tokens")
     if tokens is None:
         if not isinstance(fields.get("body"), dict):
             raise InvalidInput("give the prompt's tokens, or path and body of the request")
-        tokens = (await desk.tokens.read(path, orjson.dumps(fields["body"])))[1].tokens
+        if not is_placed("POST", path):
+            raise InvalidInput("the path must be one that is placed: /v1/chat/completions for one")
+        tokens = (await desk.tokens.read(path, written(fields["body"])))[1].tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
     placement, engine, index = await _place(desk, request_id, tokens)
     answer = {
@@ -96,8 +99,7 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
-    own = wire.safe_request_id(request.header(b"x-request-id"))
-    request_id = f"{own}.{random.getrandbits(32):08x}" if own else _new_id()
+    request_id = booking_id(wire.safe_request_id(request.header(b"x-request-id")))
     placement, engine, index = await _place(desk, request_id, await _tokens(desk, request, path))
     headers = [
         *_headers(engine, path, index, request_id),
@@ -112,13 +114,19 @@ async def _authorize(desk: Desk, request: Inbound) -> Answered:
 
 async def _tokens(desk: Desk, request: Inbound, path: bytes) -> int:
     if told := request.header(b"x-balancer-tokens"):
-        if not told.isdigit():
+        if not _is_number(told):
             raise InvalidInput("X-Balancer-Tokens must be a whole number")
         return checked_count(int(told), "X-Balancer-Tokens", 1, MAX_TOKENS)
+    counter = desk.tokens
     if request.body:
-        return (await desk.tokens.read(path, request.body))[1].tokens
-    length = request.header(b"x-original-content-length") or b"0"
-    return max(1, desk.tokens.estimate.tokens(int(length) if length.isdigit() else 0))
+        return (counter.of_compressed(path, request) or await counter.read(path, request.body))[1].tokens
+    length = request.header(b"x-original-content-length") or b""
+    return counter.of_size(int(length) if _is_number(length) else 0).tokens
+
+
+def _is_number(told: bytes) -> bool:
+    """Whether it is one of tokens or bytes: `int` would raise for one of thousands of digits."""
+    return told.isdigit() and len(told) <= _MOST_DIGITS
 
 
 async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
@@ -142,13 +150,9 @@ def _object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _new_id() -> str:
-    return f"req-{random.getrandbits(64):016x}"
-
-
 def _given_id(given: object) -> str:
     if given is None:
-        return _new_id()
+        return new_id()
     safe = wire.safe_request_id(given.encode("utf-8", "replace")) if isinstance(given, str) else None
     if safe is None:
         raise InvalidInput("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ / + = -")
@@ -156,4 +160,5 @@ def _given_id(given: object) -> str:
 
 
 def _wrong_method() -> Answered:
-    return (405, *complaint(405, "POST it", "wrong_method"))
+    headers, body = complaint(405, "POST it", "wrong_method")
+    return 405, [*headers, (b"Allow", b"POST")], body

@@ -32,6 +32,7 @@ _MESSAGE_TOKENS = 4
 _TEXT_KEYS = ("content", "text", "tool_calls", "function", "arguments", "input", "output", "name")
 _RID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 """An id that the body brings along is used where it can stand in a header; the engine gets it in either case."""
+_HOST = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 _LENIENT_MOST = 1 << 20
 _DEEPEST = 64
 MOST_PARTS, MOST_VALUES = 1 << 17, 1 << 21
@@ -54,7 +55,6 @@ class Asked:
     extra: int = 0
     copies: int = 1
     is_list: bool = False
-    stream: bool = False
     rid: str | None = None
     has_rid: bool = False
     has_xargs: bool = False
@@ -70,6 +70,14 @@ class Asked:
 def is_placed(method: str, path: bytes) -> bool:
     """Whether a request is placed on a rank; `path` without its query."""
     return method == "POST" and path in PLACED
+
+
+def origin_form(target: bytes) -> bytes:
+    """The target without the scheme and the host that a client may name in it (RFC 9112, 3.2.2)."""
+    if not (host := _HOST.match(target)):
+        return target
+    rest = target[host.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def path_of(target: bytes) -> bytes:
@@ -121,7 +129,7 @@ def read_body(path: bytes, body: bytes) -> Asked:
     fields = _parsed(body)
     if not isinstance(fields, dict):
         raise Malformed("the body must be a JSON object")
-    asked = Asked(texts=[], is_object=True, has_xargs="vllm_xargs" in fields, stream=fields.get("stream") is True)
+    asked = Asked(texts=[], is_object=True, has_xargs="vllm_xargs" in fields)
     key = "request_id" if path == b"/v1/responses" else "rid"
     asked.has_rid = key in fields
     if isinstance(rid := fields.get(key), str) and _RID.fullmatch(rid):
@@ -148,10 +156,18 @@ def _parsed(body: bytes) -> Any:
         # Engines read by Python's own parser, which takes NaN and Infinity too.
         if len(body) <= _LENIENT_MOST and (b"NaN" in body or b"Infinity" in body):
             try:
-                return json.loads(body)
+                return json.loads(body.decode())  # of bytes it would take UTF-16 too, and a byte order mark
             except (ValueError, RecursionError):
                 pass
         raise Malformed(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+
+
+def written(part: Any) -> bytes:
+    """The JSON of a part of a body; raises `Malformed` where it can be read and not be written."""
+    try:
+        return orjson.dumps(part)
+    except TypeError as error:
+        raise Malformed(f"a part of the body cannot be written as JSON: {error}") from None
 
 
 def _read_generate(fields: dict[str, Any], asked: Asked) -> None:
@@ -198,7 +214,7 @@ def _read_messages(fields: dict[str, Any], asked: Asked) -> None:
         if (more := fields.get(key)) is not None:
             _gather(more, asked, asked.texts)
     if tools := fields.get("tools"):
-        asked.texts.append(orjson.dumps(tools).decode())
+        asked.texts.append(written(tools).decode())
 
 
 def _gather(part: Any, asked: Asked, texts: list[str], depth: int = 0) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import socket
 import struct
 import time
@@ -26,6 +25,7 @@ from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk, Target
 from balancer.serve.endpoints import Asked, Malformed, is_placed
 from balancer.serve.front import Client
+from balancer.serve.ids import booking_id
 from balancer.serve.inbound import Inbound
 from balancer.serve.relay import LAST_PIECES, prompt_tokens, sink
 from balancer.serve.tokens import Counted
@@ -56,9 +56,8 @@ class Exchange:
         self._client = client
         self._request = request
         own = wire.safe_request_id(request.header(b"x-request-id"))
-        self._request_id = own or f"req-{random.getrandbits(64):016x}"
-        # Two clients may send one id: a booking's is our own.
-        self._booking_id = f"{own}.{random.getrandbits(32):08x}" if own else self._request_id
+        self._booking_id = booking_id(own)
+        self._request_id = own or self._booking_id
         trace = request.header(b"traceparent")
         self.entry = Entry(
             self._request_id,
@@ -82,6 +81,9 @@ class Exchange:
         metrics.in_flight += 1
         try:
             await self._answer()
+        except Exception:
+            entry.status, entry.ended = entry.status or 500, "defect"
+            raise
         except asyncio.CancelledError:
             entry.ended = "cut_by_us" if self._client.is_cut else "client_gone"
             if not self._client.is_cut:
@@ -171,14 +173,8 @@ class Exchange:
 
     async def _read(self) -> None:
         request, counter = self._request, self._desk.tokens
-        if request.header(b"content-encoding") or request.header(b"x-body-compressed"):
-            if request.path == b"/generate":  # takes its rank in the body alone, and the client's own would outdo ours
-                raise Malformed("a compressed body cannot be told its rank: send it to /generate plain")
-            # Not ours to unpack: the engine gets it as it is, and it counts by its size.
-            self._asked = Asked(has_rid=True)
-            self._counted = Counted(counter.estimate.tokens(len(request.body)), "estimate")
-        else:
-            self._asked, self._counted = await counter.read(request.path, request.body)
+        path = request.path
+        self._asked, self._counted = counter.of_compressed(path, request) or await counter.read(path, request.body)
         if self._asked.rid and self._desk.takes_rids:
             self._booking_id = self._asked.rid
         self.entry.tokens, self.entry.tokens_from = self._counted.tokens, self._counted.source
@@ -331,7 +327,10 @@ class Exchange:
         drop = frozenset((b"transfer-encoding", b"trailer")) if unchunk else frozenset[bytes]()
         if self._request.is_http_10 and not closes:
             more.append((b"Connection", b"keep-alive"))
-        return wire.answer_head(answer.status_line, answer.headers, more, closes, drop)
+        headers = answer.headers
+        if answer.header(b"location"):
+            headers = wire.without_address(attempt.target.engine, headers)
+        return wire.answer_head(answer.status_line, headers, more, closes, drop)
 
     def _sink(self, head: bytes = b"") -> Callable[[bytes], None]:
         counted = self._opened if self._opened is not None and self._opened.is_counted else None

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from balancer.serve.complaint import complaint
 from balancer.serve.inbound import HeldBytes, Inbound, RequestReader
 from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
@@ -64,7 +65,6 @@ class Server:
         """Answers are the last on their connections: clients come back to another replica."""
         self.stopping = False
         self.held = HeldBytes()
-        self.complaint: Callable[..., tuple[Headers, bytes]] = _plain_complaint
         self.refused: Callable[[Inbound, int], None] = lambda request, status: None
         """Told of each request that is refused here, before anybody was asked to answer it."""
         self._sweeper: asyncio.Task[None] | None = None
@@ -207,9 +207,10 @@ class Client(asyncio.Protocol):
 
     def _feed(self, data: bytes) -> None:
         reader = self._reader
-        if not reader.is_reading:
-            self.deadline = time.monotonic() + self._limits.read_s
+        was_reading = reader.is_reading
         self._ahead = reader.feed(data)
+        if reader.is_reading and not was_reading:
+            self.deadline = time.monotonic() + self._limits.read_s
         self._hold_back()
         if reader.ready:
             self._begin()
@@ -246,7 +247,7 @@ class Client(asyncio.Protocol):
             if self.begun or self.is_gone:
                 self.abort()
             else:
-                self.respond(request, 500, *self._server.complaint(500, "a defect in the dispatcher"))
+                self.respond(request, 500, *complaint(500, "a defect in the dispatcher", path=request.path))
         finally:
             self.on_pause = self.on_resume = None
             self._reader.free(request)
@@ -331,7 +332,7 @@ class Client(asyncio.Protocol):
             self.abort()
             return
         request = self._reader.request
-        headers, body = self._server.complaint(status, why, code, request.path)
+        headers, body = complaint(status, why, code, request.path)
         request.keep_alive = False
         self.respond(request, status, headers, body)
         self._server.refused(request, status)
@@ -344,7 +345,3 @@ class Client(asyncio.Protocol):
             self.deadline = time.monotonic() + _LINGER_S
         else:
             self._end()
-
-
-def _plain_complaint(status: int, why: str, code: str | None = None, path: bytes = b"") -> tuple[Headers, bytes]:
-    return [(b"Content-Type", b"text/plain; charset=utf-8")], f"{why}\n".encode()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import httptools
 
-from balancer.serve.endpoints import path_of
+from balancer.serve.endpoints import origin_form, path_of
 from balancer.serve.options import Limits
 from balancer.serve.wire import Headers
 
@@ -84,6 +84,8 @@ class RequestReader:
         lets_in: Callable[[Inbound], bool] | None = None,
     ) -> None:
         self.ready: deque[Inbound] = deque()
+        self.is_reading = False
+        """Whether a request has begun and is not yet whole. Line breaks before one begin none (RFC 9112, 2.2)."""
         self.refusal: tuple[int, str, str | None] | None = None
         self._limits, self._all_held, self._on_expect, self._lets_in = limits, held, on_expect, lets_in
         self._parser = httptools.HttpRequestParser(self)
@@ -101,11 +103,6 @@ class RequestReader:
     def request(self) -> Inbound:
         """The one refused, else the one being read; its method and path are empty where its head is not whole."""
         return self._refused or self._request
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether a request has begun and is not yet whole."""
-        return self._head_bytes > 0 or not self._in_head
 
     def feed(self, data: bytes) -> bytes:
         """Read on until a request is whole or refused; returns the bytes that are left for later."""
@@ -166,8 +163,7 @@ class RequestReader:
         if self._is_primed:
             return
         self._body = bytearray()
-        self._in_head = True
-        self._head_bytes = self._head_bytes or 1  # also where it came in one piece with the request before
+        self._in_head = self.is_reading = True
 
     def on_url(self, url: bytes) -> None:
         """The target, perhaps in pieces."""
@@ -189,6 +185,8 @@ class RequestReader:
         version = parser.get_http_version()
         request.is_http_10 = version == "1.0"
         request.keep_alive = parser.should_keep_alive()
+        if not request.target.startswith(b"/"):
+            request.target = origin_form(request.target)
         request.path = path_of(request.target)
         if version not in ("1.0", "1.1"):
             return self.refuse(505, "this server speaks HTTP/1.1")
@@ -219,7 +217,7 @@ class RequestReader:
             elif low == b"host":
                 hosts += 1
             elif low == b"upgrade":
-                upgrades = value.lower()
+                upgrades += value.lower() + b","
             else:
                 expects = value.lower() == b"100-continue"
         if size > self._limits.head:
@@ -228,7 +226,7 @@ class RequestReader:
             return self.refuse(400, "a request names one Host")
         if sends and self._lets_in is not None and not self._lets_in(request):
             return self.refuse(401, "no valid API key", "invalid_api_key")
-        if upgrades and self._parser.should_upgrade():
+        if self._parser.should_upgrade():  # the parser's word alone: it is the parser that reads no body then
             if b"websocket" in upgrades:
                 return self.refuse(501, "no WebSocket passes through balancer serve: connect to an engine's address")
             self._framing = framing if sends else b""
@@ -259,6 +257,7 @@ class RequestReader:
         request.body, request.held = bytes(self._body), len(self._body)
         request.received = time.monotonic()
         self._body = bytearray()
+        self.is_reading = False
         self._in_head, self._head_bytes, self._body_left = True, 0, 0
         self._request = Inbound()
         if self.refusal is None:

@@ -35,7 +35,6 @@ class MockEngine:
         self.running = [0] * dp
         self.cancelled = 0
         self._server = Server(self._answer, Limits())
-        self._server.complaint = complaint
 
     async def start(self, sock: socket.socket) -> None:
         """Serve on a bound socket."""

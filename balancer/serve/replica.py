@@ -39,9 +39,8 @@ class Replica(Desk):
 
     def __init__(self, options: Options, settings: Settings) -> None:
         super().__init__(options, settings)
-        self._keys = tuple(f"Bearer {key}".encode() for key in options.api_keys)
+        self._keys = tuple(key.encode() for key in options.api_keys)
         self.server = Server(self._answer, options.limits, self._is_let_in if self._keys else None)
-        self.server.complaint = complaint
         self.server.refused = self._note_refusal
 
     # -- life
@@ -106,11 +105,12 @@ class Replica(Desk):
 
     def _is_let_in(self, request: Inbound) -> bool:
         given = request.header(b"authorization")
-        if given is None and (key := request.header(b"x-api-key")) is not None:  # Anthropic's clients
-            given = b"Bearer " + key
         if given is None:
-            return False
-        return any(hmac.compare_digest(given, key) for key in self._keys)
+            given = request.header(b"x-api-key")  # Anthropic's clients
+        else:
+            scheme, _, given = given.partition(b" ")
+            given = given.lstrip(b" ") if scheme.lower() == b"bearer" else None
+        return given is not None and any(hmac.compare_digest(given, key) for key in self._keys)
 
     def _health(self, path: bytes) -> tuple[int, Headers, bytes]:
         reachable = sum(target.stand_in.answers for target in self.targets)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from balancer.errors import InvalidInput
 from balancer.model import MAX_TOKENS
-from balancer.serve.endpoints import Asked, check_width, read_body
+from balancer.serve.endpoints import Asked, Malformed, check_width, read_body
+from balancer.serve.inbound import Inbound
 
 Read = TypeVar("Read")
 
@@ -80,6 +81,20 @@ class TokenCounter:
         asked.texts = None
         return asked, counted
 
+    def of_compressed(self, path: bytes, request: Inbound) -> tuple[Asked, Counted] | None:
+        """The same of a compressed body, by its size: it is not ours to unpack, the engine gets it as it is. None for
+        one that can be read. Raises `Malformed`."""
+        coding = request.header(b"content-encoding")
+        if (not coding or coding.lower() == b"identity") and not request.header(b"x-body-compressed"):
+            return None
+        if path == b"/generate":  # takes its rank in the body alone, and the client's own would outdo ours
+            raise Malformed("a compressed body cannot be told its rank: send it to /generate plain")
+        return Asked(has_rid=True), self.of_size(len(request.body))
+
+    def of_size(self, size: int) -> Counted:
+        """The tokens of a body of which the size is known."""
+        return Counted(self.estimate.tokens(size), "estimate")
+
     async def beside(self, body: bytes, read: Callable[[], Read]) -> Read:
         """What `read` makes of `body`: at once, or where that may take long in the thread. Raises `Malformed`."""
         if len(body) <= _MOST_AT_ONCE:
@@ -106,8 +121,11 @@ class TokenCounter:
         return Counted(tokens * asked.copies, "estimate", 0 if asked.ids or asked.copies > 1 else size)
 
     def _encode(self, asked: Asked) -> Counted:
-        """The same with one."""
-        encoded = self._tokenizer.encode_batch_fast(asked.texts, add_special_tokens=False)
+        """The same with one; raises `Malformed`."""
+        try:
+            encoded = self._tokenizer.encode_batch_fast(asked.texts, add_special_tokens=False)
+        except TypeError:
+            raise Malformed("a text of the body holds half a character") from None
         tokens = sum(len(encoding.ids) for encoding in encoded)
         return Counted((asked.ids + asked.extra + tokens) * asked.copies, "tokenizer")
 

@@ -40,7 +40,6 @@ class Connection(asyncio.Protocol):
         self._keeper = keeper
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.idle_since = 0.0
-        self.is_used = False
         self._loop = asyncio.get_running_loop()
         self._reset()
 
@@ -76,7 +75,6 @@ class Connection(asyncio.Protocol):
         HEAD.
         """
         self._reset()
-        self.is_used = True
         self._no_body = no_body
         self._head = head = self._loop.create_future()
         if within_s is not None:

@@ -123,6 +123,18 @@ def named_by_connection(headers: Headers) -> frozenset[bytes]:
     return frozenset(part.strip().lower() for value in said for part in value.split(b",")) - {b"close", b"keep-alive"}
 
 
+def without_address(engine: Engine, headers: Headers) -> Headers:
+    """An answer's headers with a location at the engine's own address made one at the front door: its path alone."""
+    own = engine.url.encode()
+
+    def told(name: bytes, value: bytes) -> bytes:
+        path = value.removeprefix(own)
+        # Behind two slashes a client would look for a host.
+        return path if name.lower() == b"location" and path[:1] == b"/" and path[1:2] not in (b"/", b"\\") else value
+
+    return [(name, told(name, value)) for name, value in headers]
+
+
 def answer_head(
     status_line: bytes, headers: Headers, more: Headers, closes: bool, drop: frozenset[bytes] = _NONE
 ) -> bytes:

@@ -94,6 +94,26 @@ def test_a_body_that_is_no_json_object_is_refused_without_being_quoted(body: byt
     assert len(str(error.value)) < 120
 
 
+DEEP = b"[" * 300 + b"]" * 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"tools":' + DEEP + b"}",
+        b'{"tools":[%b],"temperature":NaN}' % (b"9" * 30),
+        b'{"tools":["\\ud800"],"temperature":NaN}',
+        b'\xef\xbb\xbf{"temperature":NaN}',
+        '{"temperature":"乎乎","x":NaN}'.encode("utf-16-le").replace("乎乎".encode("utf-16-le"), b"NaN."),
+    ],
+    ids=["deep tools", "a huge number", "half a character", "a byte order mark", "UTF-16"],
+)
+def test_a_body_that_could_not_be_written_again_is_refused(body: bytes) -> None:
+    for path in (CHAT, b"/v1/responses", b"/v1/messages"):
+        with pytest.raises(Malformed):
+            read_body(path, body)
+
+
 @pytest.mark.parametrize("field", ["routed_dp_rank", "data_parallel_rank"])
 def test_a_rank_of_the_clients_own_choice_is_refused_where_it_would_outdo_ours(field: str) -> None:
     with pytest.raises(Malformed, match=field):
@@ -154,6 +174,15 @@ async def test_a_tokenizer_counts_texts_exactly_and_what_is_no_text_by_its_rule(
         assert await counted(COMPLETIONS, prompt=[1, 2]) == (2, "ids")
         chat = [{"role": "system", "content": text}, {"role": "user", "content": text}]
         assert await counted(CHAT, messages=chat) == (2 * exactly + 2 * 4, "tokenizer"), "the template is not played"
+    finally:
+        counter.close()
+
+
+async def test_half_a_character_is_no_text_for_a_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    counter = TokenCounter(str(tmp_path))
+    try:
+        with pytest.raises(Malformed):
+            await counter.read(COMPLETIONS, b'{"prompt":"\\ud800","temperature":NaN}')
     finally:
         counter.close()
 

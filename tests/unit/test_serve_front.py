@@ -24,14 +24,16 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
-async def serving(limits: Limits, answered: list[Inbound]) -> AsyncIterator[tuple[Server, socket.socket]]:
-    """A front door whose every answer is large, and a client's connection to it."""
+async def serving(
+    limits: Limits, answered: list[Inbound], answer: bytes = LARGE
+) -> AsyncIterator[tuple[Server, socket.socket]]:
+    """A front door whose answers are all the same, large if nothing is said, and a client's connection to it."""
 
-    async def answer(client: Client, request: Inbound) -> None:
+    async def responds(client: Client, request: Inbound) -> None:
         answered.append(request)
-        client.respond(request, 200, [], LARGE)
+        client.respond(request, 200, [], answer)
 
-    server = Server(answer, limits)
+    server = Server(responds, limits)
     listening = socket.create_server(("127.0.0.1", 0))
     await server.start(listening)
     with socket.create_connection(listening.getsockname()) as raw:
@@ -74,6 +76,34 @@ async def test_a_connection_that_was_slow_once_ends_when_it_is_idle() -> None:
         await until(lambda: not server.clients, "the connection has ended")
 
 
+async def test_line_breaks_behind_a_request_begin_no_other_and_keep_nobody() -> None:
+    """RFC 9112, 2.2: a server ignores them."""
+    answered: list[Inbound] = []
+    async with serving(Limits(idle_s=0.5, read_s=60), answered, answer=b"ok") as (server, raw):
+        raw.send(GET)
+        loop, seen = asyncio.get_running_loop(), b""
+        while not seen.endswith(b"ok"):
+            seen += await loop.sock_recv(raw, 1000)
+        deadline = loop.time() + 20
+        with contextlib.suppress(ConnectionError):
+            while server.clients and loop.time() < deadline:
+                raw.send(b"\r\n")
+                await asyncio.sleep(0.05)
+            assert await loop.sock_recv(raw, 1000) == b"", "it was idle, and ended without a word"
+        assert not server.clients, "however many came"
+
+
+async def test_line_breaks_behind_a_request_do_not_hold_up_the_end() -> None:
+    answered: list[Inbound] = []
+    async with serving(Limits(), answered, answer=b"ok") as (server, raw):
+        raw.send(GET)
+        await until(lambda: len(answered) == 1, "it is answered")
+        raw.send(b"\r\n")
+        await asyncio.sleep(0.1)
+        assert await server.stop(within_s=5) == 0
+        assert not server.clients
+
+
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 JAVAS = (
     b"Connection: Upgrade, HTTP2-Settings\r\nHost: x\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
@@ -105,6 +135,16 @@ def test_a_request_that_asks_for_http2_is_read_with_its_body_and_so_are_those_be
     assert not reader.is_reading
 
 
+@pytest.mark.parametrize("upgrades", [b"h2c,", b",h2c", b",", b"", b"h2c,x", b"x,,h2c", b"h2c, ,websock,et"])
+@pytest.mark.parametrize("one", [WITH_A_LENGTH, IN_CHUNKS, GET])
+def test_however_a_request_asks_for_another_protocol_its_body_is_its_body(upgrades: bytes, one: bytes) -> None:
+    headers = b"\r\nConnection: upgrade" + b"".join(b"\r\nUpgrade: " + value for value in upgrades.split(b","))
+    asks = one.replace(b"\r\nUpgrade: h2c", b"").replace(b" HTTP/1.1", b" HTTP/1.1" + headers, 1)
+    requests, reader = read_in_pieces(asks + GET, 5000)
+    assert [request.body for request in requests] == [b"" if one is GET else SMUGGLED, b""]
+    assert reader.refusal is None
+
+
 def test_a_body_behind_a_request_for_http2_keeps_to_the_limits() -> None:
     for data in (WITH_A_LENGTH, IN_CHUNKS):
         requests, reader = read_in_pieces(data, 5000, most=len(SMUGGLED) - 1)
@@ -132,6 +172,24 @@ def test_a_path_is_taken_for_a_placed_one_where_an_engine_would_and_else_for_wha
 ) -> None:
     ((request,), _) = read_in_pieces(b"POST " + target + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 5000)
     assert (request.path, request.target) == (path, target)
+
+
+@pytest.mark.parametrize(
+    ("target", "plain", "path"),
+    [
+        (b"http://front:8080/v1/models?a=b", b"/v1/models?a=b", b"/v1/models"),
+        (b"HTTPS://u:p@[::1]/%67enerate", b"/%67enerate", b"/generate"),
+        (b"http://front", b"/", b"/"),
+        (b"http://front?a=/b", b"/?a=/b", b"/"),
+        (b"http://front//balancer/v1/dispatch", b"//balancer/v1/dispatch", b"//balancer/v1/dispatch"),
+        (b"/http://front/generate", b"/http://front/generate", b"/http://front/generate"),
+        (b"ftp://front/generate", b"ftp://front/generate", b"ftp://front/generate"),
+    ],
+)
+def test_a_target_that_names_the_host_too_is_the_path_that_it_names(target: bytes, plain: bytes, path: bytes) -> None:
+    """RFC 9112, 3.2.2: a server takes the absolute form; 3.2.1: what goes on to the engine is the origin form."""
+    ((request,), _) = read_in_pieces(b"POST " + target + b" HTTP/1.1\r\nHost: other\r\n\r\n", 7)
+    assert (request.target, request.path) == (plain, path)
 
 
 def test_what_follows_a_whole_request_is_not_parsed_before_its_turn() -> None:

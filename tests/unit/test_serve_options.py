@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from balancer import InvalidInput
-from balancer.cli.serve import _key_from, _Lines
+from balancer.cli.serve import _api_keys, _key_from, _Lines
 from balancer.serve import EngineKind, parse_engine
 from balancer.serve.options import checked_engines
 from balancer.serve.retries import RetryBudget
@@ -83,6 +84,23 @@ def test_a_key_from_the_environment_can_stand_in_a_header(monkeypatch: pytest.Mo
     with pytest.raises(InvalidInput, match="A_KEY") as error:
         _key_from("A_KEY")
     assert "sk-1" not in str(error.value)
+
+
+def test_keys_stand_in_a_file_one_a_line_and_what_is_no_such_file_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of team A\nsk-1\n\n sk-2 \n")
+    assert _api_keys(str(file)) == ("sk-1", "sk-2")
+    for content, hint in (
+        (b"\n# none\n", "holds no key"),
+        (b"sk-1\nsk-\xff2\n", "UTF-8"),
+        ("sk-1".encode("utf-16"), "UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InvalidInput, match=hint) as error:
+            _api_keys(str(file))
+        assert "sk" not in str(error.value).replace(str(file), "")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        _api_keys(str(tmp_path))
 
 
 def test_a_requests_line_in_the_log_is_json_and_nothing_else() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -361,12 +362,14 @@ async def test_without_a_key_nobody_comes_in_and_the_key_goes_no_further(setting
         mock_engine() as (engine, at),
         replica(settings, word(at), api_keys=("front-1", "front-2"), engine_key="inner") as (_, port),
     ):
-        for headers in ("", "Authorization: Bearer wrong\r\n", "Authorization: front-1\r\n"):
+        for given in ("", "Bearer wrong", "front-1", "Bearer", "Basic front-1", "Bearer front-1x"):
+            headers = given and f"Authorization: {given}\r\n"
             refused = await ask(port, COMPLETIONS, {"prompt": "hi"}, headers=headers)
             assert (refused.status, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert (await ask(port, "/metrics")).status == 401
         assert (await ask(port, "/healthz")).status == 200
-        for headers in ("Authorization: Bearer front-2\r\n", "X-Api-Key: front-1\r\n"):
+        for given in ("Authorization: Bearer front-2", "Authorization: bearer  front-1", "X-Api-Key: front-1"):
+            headers = f"{given}\r\n"
             assert (await ask(port, COMPLETIONS, {"prompt": "hi"}, headers=headers)).status == 200
         sent = [(name.lower(), value) for seen in engine.requests if seen[0] == "POST" for name, value in seen[2]]
         assert (b"authorization", b"Bearer inner") in sent
@@ -530,7 +533,7 @@ async def test_a_client_that_we_cut_off_is_not_said_to_have_left(
         (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n", 413, "/generate"),
         (b"GET /long HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n", 431, "/long"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400, ""),
-        (b"GET http://x/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n\r\n", 400, "http://x/"),
+        (b"GET ftp://x/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n\r\n", 400, "ftp://x/"),
     ],
     ids=["no key, a body", "no key", "body too large", "head too large", "two lengths", "no path"],
 )
@@ -550,6 +553,22 @@ async def test_what_is_turned_away_stands_in_the_access_log_and_in_the_metrics(
         (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
         assert (line["status"], line["ended"], line["path"]) == (status, "refused", path)
         assert b'code="4xx"' in made.metrics.text()
+
+
+async def test_a_defect_of_ours_is_a_500_in_the_clients_shape_and_no_success_in_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(scene.replica, "place", breaks)
+    caplog.set_level(logging.INFO, "balancer.access")
+    answer = await scene.ask("/v1/messages", {"messages": []})
+    assert (answer.status, answer.json()["type"]) == (500, "error")
+    (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
+    assert (line["status"], line["ended"]) == (500, "defect")
+    text = scene.replica.metrics.text()
+    assert b'balancer_http_requests_total{code="5xx",endpoint="/v1/messages",pool="p"} 1.0' in text
 
 
 # -- stopping
@@ -605,11 +624,53 @@ async def test_the_decision_alone_books_and_says_what_to_send(settings: Settings
         assert (await ask(port, "/balancer/v1/dispatch", body)).json()["tokens"] == 3
 
 
-@pytest.mark.parametrize("fields", [[], {}, {"tokens": 0}, {"tokens": "x"}, {"tokens": 5, "request_id": "a\r\nb: c"}])
+DEEP = {"body": {"tools": json.loads("[" * 300 + "]" * 300)}}
+
+
+@pytest.mark.parametrize(
+    "fields", [[], {}, {"tokens": 0}, {"tokens": "x"}, {"tokens": 5, "request_id": "a\r\nb: c"}, DEEP]
+)
 async def test_a_decision_that_is_asked_for_wrongly_is_a_400(scene: Scene, fields: object) -> None:
     assert (await scene.ask("/balancer/v1/dispatch", fields)).status == 400
     assert (await scene.ask("/balancer/v1/nothing")).status == 404
-    assert (await scene.ask("/balancer/v1/dispatch")).status == 405
+    wrong_method = await scene.ask("/balancer/v1/dispatch")
+    assert (wrong_method.status, wrong_method.headers["allow"]) == (405, "POST")
+
+
+async def test_the_decision_reads_a_path_as_engines_do_and_takes_no_body_for_one_that_is_not_placed(
+    scene: Scene,
+) -> None:
+    async def told(path: object) -> Answer:
+        return await scene.ask("/balancer/v1/dispatch", {"path": path, "body": {"text": "hello " * 100}})
+
+    plain = (await told("/generate")).json()
+    assert (plain["tokens"], plain["headers"].get("X-Data-Parallel-Rank")) == (151, None)
+    for path in ("/generate?x=1", "/%67enerate", "/generate#x"):
+        spelled = (await told(path)).json()
+        assert (spelled["tokens"], spelled["headers"].keys()) == (151, plain["headers"].keys())
+    for path in ("/nope", "", 7, None):
+        assert (await told(path)).status == 400
+
+
+async def test_a_proxys_question_is_read_as_a_request_is(scene: Scene, admin: PoolAdmin) -> None:
+    async def booked(headers: str, raw: bytes | None = None, path: str = COMPLETIONS) -> int:
+        answer = await scene.ask(f"/balancer/v1/authorize{path}", raw=raw, headers=headers, method="POST")
+        if answer.status != 200:
+            return -answer.status
+        own = answer.headers["x-balancer-request-id"]
+        tokens = sum(view.load_tokens for view in admin.snapshot().ranks)
+        assert (await scene.ask("/balancer/v1/release", {"request_id": own})).json() == {"released": 1}
+        return tokens
+
+    packed = gzip.compress(json.dumps({"prompt": list(range(70))}).encode())
+    assert await booked("Content-Encoding: gzip\r\n", packed) == len(packed) // 4 + 1, "by its size"
+    assert await booked("Content-Encoding: gzip\r\n", packed, "/generate") == -400, "it could hide a rank"
+    assert await booked("Content-Encoding: Identity\r\n", b'{"prompt":[1,2,3]}') == 3, "which is not compressed"
+    assert await booked("X-Balancer-Tokens: 12\r\n") == 12
+    assert await booked(f"X-Balancer-Tokens: {'9' * 5000}\r\n") == -400
+    assert await booked("X-Original-Content-Length: 400\r\n") == 101
+    assert await booked("X-Original-Content-Length: 9999999999\r\n") == 2**31 - 1
+    assert await booked(f"X-Original-Content-Length: {'9' * 5000}\r\n") == 1, "no length that anybody would send"
 
 
 async def test_envoys_question_is_answered_with_headers(scene: Scene, admin: PoolAdmin) -> None:

@@ -125,6 +125,24 @@ def test_a_head_goes_on_without_what_was_meant_for_us() -> None:
     assert b"Content-Length" not in without_key
 
 
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        (b"http://h:1/v1/models?a=b", b"/v1/models?a=b"),
+        (b"http://h:1/", b"/"),
+        (b"http://h:10/x", b"http://h:10/x"),
+        (b"https://h:1/x", b"https://h:1/x"),
+        (b"http://h:1//other/x", b"http://h:1//other/x"),
+        (b"http://h:1/\\other/x", b"http://h:1/\\other/x"),
+        (b"/x", b"/x"),
+    ],
+)
+def test_a_redirect_to_the_engines_own_address_is_one_to_the_front_door(location: bytes, told: bytes) -> None:
+    """Where the path alone would name another host, the location stays what it is."""
+    headers = [(b"X-Other", b"http://h:1/"), (b"location", location)]
+    assert wire.without_address(VLLM, headers) == [(b"X-Other", b"http://h:1/"), (b"location", told)]
+
+
 @pytest.mark.parametrize("value", [b"", b"a b", b"a\tb", b"x" * 129, b"caf\xc3\xa9", b"a~0123456789abcdef~", b'a"b'])
 def test_an_id_that_could_break_a_line_a_body_or_a_mark_is_replaced(value: bytes) -> None:
     assert wire.safe_request_id(value) is None

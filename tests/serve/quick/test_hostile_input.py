@@ -114,8 +114,11 @@ def test_a_java_client_that_offers_http2_is_served_by_http1(form: str, replica: 
         assert [exchange.header(name) for name in ("Upgrade", "Connection", "HTTP2-Settings")] == [None] * 3
 
 
-def test_what_stands_in_the_body_of_a_request_for_http2_is_never_a_request(replica: Replica, engine: Engine) -> None:
-    with replica.raw(post(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n", *JAVAS)) as raw:
+@pytest.mark.parametrize("asks", [JAVAS, (*JAVAS, b"Upgrade:"), (b"Upgrade:", *JAVAS)], ids=["once", "twice", "first"])
+def test_what_stands_in_the_body_of_a_request_for_http2_is_never_a_request(
+    asks: tuple[bytes, ...], replica: Replica, engine: Engine
+) -> None:
+    with replica.raw(post(b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n", *asks)) as raw:
         assert raw.answer()[0] == 400, "it is no JSON"
         raw.send(post(CHAT))
         assert raw.answer()[0] == 200, "and the connection is sound"
@@ -159,6 +162,10 @@ def test_a_compressed_body_is_refused_where_it_could_hide_a_rank(replica: Replic
     with replica.raw(post(b"\x28\xb5\x2f\xfd", b"Content-Encoding: gzip")) as raw:
         assert b"judged by the engine" in raw.answer()[1], "elsewhere the rank stands in a header"
     engine.script = engine.completes
+    with replica.raw(post(b'{"text": "a"}', b"Content-Encoding: identity", path=b"/generate")) as raw:
+        assert raw.answer()[0] == 200, "which says that it is not"
+    with replica.raw(post(b"\x28\xb5", b"Content-Encoding: identity, gzip", path=b"/generate")) as raw:
+        assert b"compressed" in raw.answer()[1]
 
 
 def test_requests_sent_ahead_are_answered_one_after_the_other(replica: Replica, engine: Engine) -> None:
@@ -235,6 +242,10 @@ MALFORMED = {
     "keys twice": b'{"rid": "a", "rid": "b", "stream": false, "stream": false, "messages": []}',
     "not a number": b'{"messages": [], "temperature": NaN}',
     "a byte order mark": b"\xef\xbb\xbf" + CHAT,
+    "a byte order mark, and not a number": b'\xef\xbb\xbf{"messages": [], "temperature": NaN}',
+    "deep tools": b'{"messages": [], "tools": ' + b"[" * 300 + b"]" * 300 + b"}",
+    "tools with a huge number": b'{"messages": [], "temperature": NaN, "tools": [' + b"9" * 30 + b"]}",
+    "tools with half a character": b'{"messages": [], "temperature": NaN, "tools": ["\\ud800"]}',
 }
 
 

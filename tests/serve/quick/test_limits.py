@@ -37,6 +37,18 @@ def test_a_client_cannot_choose_the_rank_nor_send_hop_by_hop_headers_on(engines:
     assert seen.header("Keep-Alive") is None
 
 
+def test_an_engines_redirect_leads_back_to_the_replica(engines: Engines, serve: Serve) -> None:
+    """As FastAPI's: it is made of the Host that the engine was asked by, which clients may neither know nor reach."""
+
+    async def redirects(exchange: Any) -> None:
+        await exchange.respond(307, {}, f"Location: http://{exchange.header('Host')}/v1/chat/completions")
+
+    replica = serve(engines(redirects).url)
+    for path in ("/v1/chat/completions/", "/v1/chat/completions"):
+        status, headers, _ = replica.request("POST", path, {"messages": []})
+        assert (status, headers["location"]) == (307, "/v1/chat/completions")
+
+
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(engine: Engine, serve: Serve) -> None:
     replica = serve(engine.url, "--max-body", "1")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n"
