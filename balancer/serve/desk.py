@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
@@ -62,9 +63,12 @@ class Desk:
     async def place(self, request_id: str, tokens: int, failed: tuple[str, ...] = ()) -> tuple[Placement, Target, int]:
         """A rank for a request, booked: the placement, its engine and the rank's index behind that address. Not one of
         `failed`. Raises what `Bookings.place` and `among` do."""
+        began = time.monotonic()
         for _ in range(2):
             placement = await self.bookings.place(request_id, tokens, self.among(failed))
             if placement.rank in self._by_rank:
+                self.metrics.observe(self.metrics.dispatch, time.monotonic() - began)
+                self.metrics.policy = self.bookings.policy
                 return placement, *self._by_rank[placement.rank]
             # A rank of an engine that this desk was not told of: see which others there are.
             await self.bookings.end_now(request_id)

@@ -186,9 +186,7 @@ class Exchange:
             target = desk.any_target(failed)
             entry.engine = target.engine.name
             return _Try(target, None)
-        bookings = desk.bookings
         lets_engine_choose = desk.options.redis_away == "engine"
-        began = time.monotonic()
         self._booked = True
         try:
             placement, target, index = await desk.place(self._booking_id, self._counted.tokens, failed)
@@ -201,13 +199,11 @@ class Exchange:
             return self._unplaced(failed)
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
-        desk.metrics.observe(desk.metrics.dispatch, entry.placed - began)
-        desk.metrics.policy = bookings.policy
         desk.metrics.decided(placement.rank, placement.outcome.value)
         if placement.outcome is Outcome.FALLBACK:
             self._booked = False
         else:
-            self._opened = bookings.watch(placement, is_counted=not target.engine.hooked)
+            self._opened = desk.bookings.watch(placement, is_counted=not target.engine.hooked)
         return _Try(target, index, placement)
 
     def _unplaced(self, failed: tuple[str, ...]) -> _Try:

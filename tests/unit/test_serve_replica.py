@@ -624,6 +624,48 @@ async def test_the_decision_alone_books_and_says_what_to_send(settings: Settings
         assert (await ask(port, "/balancer/v1/dispatch", body)).json()["tokens"] == 3
 
 
+async def test_decisions_alone_stand_in_the_access_log_and_in_the_metrics(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "balancer.access")
+    doors = "/balancer/v1"
+    body = b'{"prompt":[1,2,3]}'
+    placed = await scene.ask(f"{doors}/dispatch", {"request_id": "r-1", "tokens": 50})
+    allowed = await scene.ask(f"{doors}/authorize/v1/completions", raw=body, headers="X-Request-Id: r-9\r\n")
+    for path, fields in {
+        "authorize/v1/models": None,
+        "release": {"request_id": "r-1"},
+        "dispatch": [],
+        "x": None,
+    }.items():
+        await scene.ask(f"{doors}/{path}", fields)
+    await scene.ask(f"{doors}/dispatch")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "balancer.access"]
+    assert [(line["status"], line["ended"]) for line in lines] == [
+        (200, "whole"),
+        (200, "whole"),
+        (200, "whole"),
+        (200, "whole"),
+        (400, "refused"),
+        (404, "refused"),
+        (405, "refused"),
+    ]
+    names = ("request_id", "rank", "outcome", "prompt_tokens")
+    own = allowed.headers["x-balancer-request-id"]
+    assert [lines[0][name] for name in names] == ["r-1", placed.json()["rank"], "placed", 50]
+    assert [lines[1][name] for name in names] == [own, allowed.headers["x-balancer-rank"], "placed", 3]
+    text = scene.replica.metrics.text().decode()
+    for code, endpoint, count in (
+        ("2xx", f"{doors}/dispatch", 1),
+        ("4xx", f"{doors}/dispatch", 2),
+        ("2xx", f"{doors}/authorize", 2),
+        ("2xx", f"{doors}/release", 1),
+        ("4xx", "other", 1),
+    ):
+        assert f'balancer_http_requests_total{{code="{code}",endpoint="{endpoint}",pool="p"}} {count}.0' in text
+    assert 'balancer_dispatch_seconds_count{pool="p"} 2.0' in text
+
+
 DEEP = {"body": {"tools": json.loads("[" * 300 + "]" * 300)}}
 
 
