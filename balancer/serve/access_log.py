@@ -31,7 +31,8 @@ class Entry:
     sent_bytes: int = 0
     trace: str = ""
     ended: str = "whole"
-    """`whole`, `client_gone`, `cut` (the engine broke off), `refused` (by us), `defect` (of ours)."""
+    """`whole`, `client_gone`, `cut` (the engine broke off), `cut_by_us` (we stopped, or the client did not read),
+    `refused` (by us), `defect` (of ours)."""
 
     def write(self) -> None:
         """Write the line."""

@@ -58,22 +58,23 @@ class Open:
 @dataclass(slots=True)
 class _Asked:
     request: Request
-    avoid: tuple[str, ...]
+    among: tuple[str, ...]
     answer: asyncio.Future[Placement]
 
 
 class Bookings:
-    """The bookings of one replica."""
+    """The bookings of one replica; `ours`: the ranks of its engines."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, ours: frozenset[str] = frozenset()) -> None:
         self.dispatcher = AsyncDispatcher(settings)
         self.open: dict[str, Open] = {}
         self.booking_lease_s = 60.0
         self.policy = ""
-        self.is_pool_known = False
-        """Whether an engine has been seen in the pool."""
+        self.is_rank_known = False
+        """Whether one of ours is among `ranks`."""
         self.ranks: frozenset[str] = frozenset()
         """Ranks of the pool that may be chosen, as last seen: all but the silent, or all where none else is left."""
+        self._ours = ours
         self._pool = settings.pool
         self._asked: deque[_Asked] = deque()
         self._under_way = 0
@@ -93,8 +94,9 @@ class Bookings:
 
     # -- placing
 
-    def place(self, request_id: str, tokens: int, avoid: tuple[str, ...] = ()) -> asyncio.Future[Placement]:
-        """A rank for a request, booked; raises `NoRank`, `Refused` or `StoreError` by the future.
+    def place(self, request_id: str, tokens: int, among: tuple[str, ...] = ()) -> asyncio.Future[Placement]:
+        """A rank for a request, booked, one of `among` where any are named; raises `NoRank`, `Refused` or `StoreError`
+        by the future.
 
         Whoever cancels the future need not release.
         """
@@ -102,7 +104,7 @@ class Bookings:
         if not self.dispatcher.is_falling_back:  # an earlier request's end must not end this one
             self._ended.pop(request_id, None)
             self._ended_before.pop(request_id, None)
-        self._asked.append(_Asked(Request(request_id, tokens), avoid, answer))
+        self._asked.append(_Asked(Request(request_id, tokens), among, answer))
         self._want_flush()
         return answer
 
@@ -116,12 +118,12 @@ class Bookings:
         self._flush_is_due = False
         self._under_way += 1
         batch = [self._asked.popleft()]
-        avoid = batch[0].avoid
-        while self._asked and self._asked[0].avoid == avoid and len(batch) < MAX_REQUESTS_PER_DISPATCH:
+        among = batch[0].among
+        while self._asked and self._asked[0].among == among and len(batch) < MAX_REQUESTS_PER_DISPATCH:
             batch.append(self._asked.popleft())
         self._want_flush()
         try:
-            placed = await self.dispatcher.dispatch_many([asked.request for asked in batch], avoid=avoid)
+            placed = await self.dispatcher.dispatch_many([asked.request for asked in batch], among=among)
         except Exception as error:
             for asked in batch:
                 if not asked.answer.done():
@@ -232,14 +234,14 @@ class Bookings:
             snapshot = await self.dispatcher.snapshot()
             self.booking_lease_s = snapshot.settings.booking_lease_ms / 1000
             self.policy = snapshot.settings.policy
-            self.is_pool_known = bool(snapshot.engines)
             heard = frozenset(view.rank for view in snapshot.ranks if view.state is not EngineState.SILENT)
             self.ranks = heard or frozenset(view.rank for view in snapshot.ranks)
+            self.is_rank_known = not self._ours.isdisjoint(self.ranks)
 
     async def _read_settings(self) -> None:
         while True:
             await self.look()
-            await asyncio.sleep(_SETTINGS_S if self.is_pool_known else _RELEASE_AGAIN_S)
+            await asyncio.sleep(_SETTINGS_S if self.is_rank_known else _RELEASE_AGAIN_S)
 
     # -- stopping
 

@@ -13,6 +13,7 @@ ends as always: the engine's hook acknowledges it, the proxy releases it, or its
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ import orjson
 from balancer.errors import BalancerError, InvalidInput, NoRank
 from balancer.model import MAX_TOKENS, Placement, checked_count, checked_request_id
 from balancer.serve import wire
+from balancer.serve.access_log import Entry
 from balancer.serve.complaint import complaint, status_of
 from balancer.serve.desk import Desk
 from balancer.serve.endpoints import Malformed, is_placed, path_of, written
@@ -28,20 +30,27 @@ from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
 PREFIX = b"/balancer/v1/"
-_AUTHORIZE = PREFIX + b"authorize"
+_DISPATCH, _RELEASE, _AUTHORIZE = PREFIX + b"dispatch", PREFIX + b"release", PREFIX + b"authorize"
 _MOST_DIGITS = 10
 Answered = tuple[int, wire.Headers, bytes]
 
 
-async def decide(desk: Desk, request: Inbound) -> Answered:
-    """Answer a request to one of the paths above."""
+def endpoint_of(path: bytes) -> str:
+    """Which of the paths above a request asks for, `other` where none."""
+    if path == _AUTHORIZE or path.startswith(_AUTHORIZE + b"/"):
+        return _AUTHORIZE.decode()
+    return path.decode() if path in (_DISPATCH, _RELEASE) else "other"
+
+
+async def decide(desk: Desk, request: Inbound, entry: Entry) -> Answered:
+    """Answer a request to one of the paths above; what is decided is noted in `entry`."""
     try:
-        if request.path == PREFIX + b"dispatch":
-            return await _dispatch(desk, request) if request.method == "POST" else _wrong_method()
-        if request.path == PREFIX + b"release":
+        if request.path == _DISPATCH:
+            return await _dispatch(desk, request, entry) if request.method == "POST" else _wrong_method()
+        if request.path == _RELEASE:
             return await _release(desk, request) if request.method == "POST" else _wrong_method()
         if request.path == _AUTHORIZE or request.path.startswith(_AUTHORIZE + b"/"):
-            return await _authorize(desk, request)
+            return await _authorize(desk, request, entry)
     except NoRank as error:
         status = status_of(error)
         desk.metrics.decided("", error.reason.value)
@@ -53,7 +62,7 @@ async def decide(desk: Desk, request: Inbound) -> Answered:
     return (404, *complaint(404, "there are dispatch, release and authorize", "unknown_path"))
 
 
-async def _dispatch(desk: Desk, request: Inbound) -> Answered:
+async def _dispatch(desk: Desk, request: Inbound, entry: Entry) -> Answered:
     fields = await desk.tokens.beside(request.body, lambda: _object(request.body))
     path = path_of(str(fields.get("path", "/v1/completions")).encode())
     request_id = _given_id(fields.get("request_id"))
@@ -65,7 +74,7 @@ async def _dispatch(desk: Desk, request: Inbound) -> Answered:
             raise InvalidInput("the path must be one that is placed: /v1/chat/completions for one")
         tokens = (await desk.tokens.read(path, written(fields["body"])))[1].tokens
     tokens = checked_count(tokens, "tokens", 1, MAX_TOKENS)
-    placement, engine, index = await _place(desk, request_id, tokens)
+    placement, engine, index = await _place(desk, entry, request_id, tokens)
     answer = {
         "request_id": request_id,
         "rank": placement.rank,
@@ -93,14 +102,14 @@ async def _release(desk: Desk, request: Inbound) -> Answered:
     return 200, [(b"Content-Type", b"application/json")], orjson.dumps({"released": released})
 
 
-async def _authorize(desk: Desk, request: Inbound) -> Answered:
+async def _authorize(desk: Desk, request: Inbound, entry: Entry) -> Answered:
     original = request.header(b"x-original-uri") or request.path[len(_AUTHORIZE) :]
     path = path_of(original)
     method = (request.header(b"x-original-method") or request.method.encode()).decode("latin-1")
     if not is_placed(method, path):
         return 200, [], b""  # not placed: the proxy sends it anywhere
     request_id = booking_id(wire.safe_request_id(request.header(b"x-request-id")))
-    placement, engine, index = await _place(desk, request_id, await _tokens(desk, request, path))
+    placement, engine, index = await _place(desk, entry, request_id, await _tokens(desk, request, path))
     headers = [
         *_headers(engine, path, index, request_id),
         (b"X-Balancer-Request-Id", request_id.encode()),
@@ -129,9 +138,11 @@ def _is_number(told: bytes) -> bool:
     return told.isdigit() and len(told) <= _MOST_DIGITS
 
 
-async def _place(desk: Desk, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
+async def _place(desk: Desk, entry: Entry, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
+    entry.request_id, entry.tokens = request_id, tokens
     placement, target, index = await desk.place(request_id, tokens)
-    desk.metrics.policy = desk.bookings.policy
+    entry.placed = time.monotonic()
+    entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
     desk.metrics.decided(placement.rank, placement.outcome.value)
     return placement, target.engine, index
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from balancer.errors import NoRank, NoRankReason
-from balancer.model import Placement
+from balancer.model import MAX_RANKS, Placement
 from balancer.serve.bookings import Bookings
 from balancer.serve.metrics import Metrics
 from balancer.serve.options import Engine, EngineKind, Options
@@ -41,11 +42,11 @@ class Desk:
         self.metrics = Metrics(settings.pool)
         self.tokens = TokenCounter(options.tokenizer)
         self.retries = RetryBudget(options.retry_share)
-        self.bookings = Bookings(settings)
         self.targets = [self._target(engine) for engine in options.engines]
         self._by_rank = {
             rank: (target, index) for target in self.targets for index, rank in enumerate(target.engine.ranks)
         }
+        self.bookings = Bookings(settings, frozenset(self._by_rank))
         # Only SGLang's hook knows a request by the id in its body; elsewhere two clients may send one and the same.
         self.takes_rids = any(engine.hooked and engine.kind is EngineKind.SGLANG for engine in options.engines)
         self._strangers: tuple[str, ...] = ()
@@ -61,24 +62,40 @@ class Desk:
 
     async def place(self, request_id: str, tokens: int, failed: tuple[str, ...] = ()) -> tuple[Placement, Target, int]:
         """A rank for a request, booked: the placement, its engine and the rank's index behind that address. Not one of
-        `failed`. Raises what `Bookings.place` does."""
+        `failed`. Raises what `Bookings.place` and `among` do."""
+        began = time.monotonic()
         for _ in range(2):
-            placement = await self.bookings.place(request_id, tokens, (*self.avoided(), *failed))
+            placement = await self.bookings.place(request_id, tokens, self.among(failed))
             if placement.rank in self._by_rank:
+                self.metrics.observe(self.metrics.dispatch, time.monotonic() - began)
+                self.metrics.policy = self.bookings.policy
                 return placement, *self._by_rank[placement.rank]
             # A rank of an engine that this desk was not told of: see which others there are.
             await self.bookings.end_now(request_id)
             await self.bookings.look()
         raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
 
-    def avoided(self) -> tuple[str, ...]:
-        """Ranks that this replica cannot reach. Where that would be all of them, it takes none for lost: a wrong look
-        must not turn everybody away."""
-        silent = tuple(rank for target in self.targets if not target.stand_in.answers for rank in target.engine.ranks)
-        if len(silent) == len(self._by_rank):
-            silent = ()
-        strangers = self._strangers_in(self.bookings.ranks)
-        return (*silent, *strangers) if strangers else silent
+    def among(self, failed: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The ranks to which a request may go that has `failed` on these; none are named where it may go to any in the
+        pool. Raises `NoRank` where none is left.
+
+        They are named, instead of forbidding the others, so that the reason why there is no rank is theirs.
+        """
+        targets = self._left(failed)
+        if len(targets) == len(self.targets) and not self._strangers_in(self.bookings.ranks):
+            return ()
+        ranks = tuple(rank for target in targets for rank in target.engine.ranks)
+        return ranks if len(ranks) <= MAX_RANKS else ()  # more cannot be named: who meets a dead one tries another
+
+    def _left(self, failed: tuple[str, ...]) -> list[Target]:
+        """Engines for a request that has `failed` on these ranks, but those that this replica cannot reach; where these
+        are all, it takes none for lost: a wrong look must not turn everybody away. Raises `NoRank`."""
+        untried = self.targets
+        if failed:
+            untried = [target for target in untried if target.engine.ranks[0] not in failed]
+        if not untried:
+            raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
+        return [target for target in untried if target.stand_in.answers] or untried
 
     def _strangers_in(self, ranks: frozenset[str]) -> tuple[str, ...]:
         """Ranks of engines that this replica was not told of."""
@@ -93,12 +110,9 @@ class Desk:
 
     def any_target(self, failed: tuple[str, ...]) -> Target:
         """An engine for a request that is not placed, in turn; raises `NoRank` where all have failed."""
-        untried = [target for target in self.targets if target.engine.ranks[0] not in failed]
-        if not untried:
-            raise NoRank(self.settings.pool, NoRankReason.ALL_SILENT)
-        alive = [target for target in untried if target.stand_in.answers] or untried
+        left = self._left(failed)
         self._turn += 1
-        return alive[self._turn % len(alive)]
+        return left[self._turn % len(left)]
 
     def has_other(self, failed: Set[str]) -> bool:
         """Whether there is another engine to try than those of these ranks."""

@@ -76,7 +76,7 @@ class Exchange:
         self._last: deque[bytes] = deque(maxlen=LAST_PIECES)
 
     async def run(self) -> None:
-        """Answer the request. Cancelled when the client goes."""
+        """Answer the request. Cancelled when the client goes, or is cut off."""
         entry, metrics = self.entry, self._desk.metrics
         metrics.in_flight += 1
         try:
@@ -85,8 +85,9 @@ class Exchange:
             entry.status, entry.ended = entry.status or 500, "defect"
             raise
         except asyncio.CancelledError:
-            entry.ended = "client_gone"
-            metrics.gone()
+            entry.ended = "cut_by_us" if self._client.is_cut else "client_gone"
+            if not self._client.is_cut:
+                metrics.gone()
             raise
         finally:
             if self._booked:
@@ -107,10 +108,8 @@ class Exchange:
         desk.retries.earn()
         failed: set[str] = set()
         attempt: _Try | None = None
-        why = UpstreamError("", False)
+        why, reason = UpstreamError("", False), ""
         for number in range(desk.options.tries):
-            entry = self.entry
-            entry.tries = number + 1
             try:
                 attempt = await self._choose(tuple(sorted(failed)))
             except NoRank as error:
@@ -121,6 +120,10 @@ class Exchange:
             except BalancerError as error:
                 log.warning("request=%s cannot be placed: %s", self._request_id, error)
                 return self._refuse(503, "the dispatcher's store refuses to place requests", "store_refused")
+            self.entry.tries = number + 1
+            if reason:
+                desk.metrics.retried(reason)
+                reason = ""
             is_last = number + 1 == desk.options.tries
             try:
                 connection, answer = await self._send(attempt)
@@ -135,7 +138,6 @@ class Exchange:
                 attempt.target.stand_in.suspect(is_certain=not error.connected)
                 failed.update(attempt.target.engine.ranks)
                 log.info("request=%s engine=%s failed: %s", self._request_id, attempt.target.engine.url, error)
-                reason = "broke_off" if error.connected else "no_connection"
                 if (
                     is_last
                     or (error.connected and not self._may_repeat)
@@ -143,7 +145,7 @@ class Exchange:
                     or not desk.retries.spend()
                 ):
                     break
-                desk.metrics.retried(reason)
+                reason = "broke_off" if error.connected else "no_connection"
                 await self._unbook()
                 continue
             if (
@@ -153,7 +155,7 @@ class Exchange:
                 and desk.has_other(failed.union(attempt.target.engine.ranks))
                 and desk.retries.spend()
             ):
-                desk.metrics.retried(f"status_{answer.status}")
+                reason = f"status_{answer.status}"
                 why = UpstreamError(f"the engine answered {answer.status}", True)
                 failed.update(attempt.target.engine.ranks)
                 connection.give_back()
@@ -184,13 +186,12 @@ class Exchange:
             target = desk.any_target(failed)
             entry.engine = target.engine.name
             return _Try(target, None)
-        bookings = desk.bookings
         lets_engine_choose = desk.options.redis_away == "engine"
-        began = time.monotonic()
         self._booked = True
         try:
             placement, target, index = await desk.place(self._booking_id, self._counted.tokens, failed)
         except NoRank as error:
+            self._booked = False  # what Redis may have booked unheard, the dispatcher owes it
             if lets_engine_choose and error.reason is NoRankReason.UNREACHABLE:
                 return self._unplaced(failed)
             raise
@@ -198,13 +199,11 @@ class Exchange:
             return self._unplaced(failed)
         entry.placed = time.monotonic()
         entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
-        desk.metrics.observe(desk.metrics.dispatch, entry.placed - began)
-        desk.metrics.policy = bookings.policy
         desk.metrics.decided(placement.rank, placement.outcome.value)
         if placement.outcome is Outcome.FALLBACK:
             self._booked = False
         else:
-            self._opened = bookings.watch(placement, is_counted=not target.engine.hooked)
+            self._opened = desk.bookings.watch(placement, is_counted=not target.engine.hooked)
         return _Try(target, index, placement)
 
     def _unplaced(self, failed: tuple[str, ...]) -> _Try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import socket
+import termios
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -116,8 +118,12 @@ class Client(asyncio.Protocol):
         self._is_over = False
         self.begun = False
         self.is_gone = False
+        self.is_cut = False
+        """Whether it is we who ended the connection, in the middle of whatever there was."""
         self.is_paused = False
         self.deadline = time.monotonic() + self._limits.idle_s
+        self._cut_off = 0.0
+        """When a client that does not read the end of its last answer is cut off."""
         self.transport: asyncio.Transport = None  # type: ignore[assignment]
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
@@ -165,7 +171,11 @@ class Client(asyncio.Protocol):
 
     def overdue(self) -> None:
         """The deadline has passed: of an idle connection, of a request being read, of an answer nobody reads."""
-        if self._task is not None or self._is_over or self.is_paused:
+        now = time.monotonic()
+        if now < self._cut_off:
+            if not self._has_unread():
+                self._cut_off = now  # at the next look: until then the rest of what is written has gone out
+        elif self._task is not None or self._is_over or self.is_paused:
             self.abort()
         elif self._reader.is_reading:
             self._refuse(408, "the request did not arrive in time")
@@ -180,6 +190,7 @@ class Client(asyncio.Protocol):
 
     def abort(self) -> None:
         """End without ceremony."""
+        self.is_cut = True
         self.transport.abort()
 
     # -- reading
@@ -261,10 +272,20 @@ class Client(asyncio.Protocol):
             self._feed(data)
 
     def _end(self) -> None:
-        """Close, once what was written has gone out; a client that does not read it has until the deadline."""
+        """Close, once what was written has gone out: a client has `Limits.write_s` to read it. Over TLS it should say
+        goodbye too, which an idle one does not: there it is enough that it has got everything."""
         self._is_over = True
-        self.deadline = time.monotonic() + self._limits.write_s
+        now = time.monotonic()
+        self.deadline, self._cut_off = now + _LINGER_S, now + self._limits.write_s
         self.transport.close()
+
+    def _has_unread(self) -> bool:
+        """Whether there are bytes that the client's side has not acknowledged."""
+        try:
+            unread = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4))
+        except OSError:  # not every system tells it of a socket
+            return True
+        return any(unread)
 
     def let_go(self, request: Inbound) -> None:
         """A request's body will not be needed again: others may be held instead of it."""

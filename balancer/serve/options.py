@@ -48,11 +48,11 @@ class Engine:
     hooked: bool = False
     tls: bool = False
     health: str = "/v1/models"
+    ranks: tuple[str, ...] = field(init=False, repr=False)
+    """The ranks' names."""
 
-    @property
-    def ranks(self) -> tuple[str, ...]:
-        """The ranks' names."""
-        return tuple(f"{self.name}/{self.first + index}" for index in range(self.dp))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(f"{self.name}/{self.first + index}" for index in range(self.dp)))
 
     @property
     def address(self) -> str:

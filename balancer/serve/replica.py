@@ -50,7 +50,7 @@ class Replica(Desk):
         self.bookings.start()
         for target in self.targets:
             target.stand_in.start()
-        await self.server.start(sock, ssl=front_door(self.options))
+        await self.server.start(sock, **front_door(self.options))
         self._gauging = asyncio.create_task(self._gauge())
 
     async def wait_for_ranks(self, within_s: float) -> None:
@@ -88,20 +88,38 @@ class Replica(Desk):
         if path == b"/metrics":
             return client.respond(request, *self._metrics())
         if path.startswith(decision.PREFIX):
-            return client.respond(request, *await decision.decide(self, request))
+            return client.respond(request, *await self._decide(request))
         if not request.target.startswith(b"/") and request.target != b"*":
             self._note_refusal(request, 400)
             return client.respond(request, 400, *complaint(400, "a path is wanted", "invalid_target"))
         await Exchange(self, client, request).run()
 
+    async def _decide(self, request: Inbound) -> decision.Answered:
+        entry = self._entry(request)
+        try:
+            answered = await decision.decide(self, request, entry)
+        except Exception:
+            self._note(entry, decision.endpoint_of(request.path), 500, "defect")
+            raise
+        status = answered[0]
+        self._note(entry, decision.endpoint_of(request.path), status, "whole" if status < 400 else "refused")
+        return answered
+
     def _note_refusal(self, request: Inbound, status: int) -> None:
-        """What was turned away before an exchange began, in the access log and the metrics as the others are."""
-        path = request.path.decode("latin-1")
-        self.metrics.answered(path if is_placed(request.method, request.path) else "other", status)
+        """What was turned away before an exchange began."""
+        entry = self._entry(request)
+        self._note(entry, entry.path if is_placed(request.method, request.path) else "other", status, "refused")
+
+    def _entry(self, request: Inbound) -> Entry:
+        name = safe_request_id(request.header(b"x-request-id")) or ""
+        return Entry(name, request.method, request.path.decode("latin-1"), request.received or time.monotonic())
+
+    def _note(self, entry: Entry, endpoint: str, status: int, ended: str) -> None:
+        """What was answered without an exchange, in the access log and the metrics as the others are."""
+        self.metrics.answered(endpoint, status)
         if self.options.access_log:
-            name = safe_request_id(request.header(b"x-request-id")) or ""
-            began = request.received or time.monotonic()
-            Entry(name, request.method, path, began, status=status, ended="refused").write()
+            entry.status, entry.ended = status, ended
+            entry.write()
 
     def _is_let_in(self, request: Inbound) -> bool:
         given = request.header(b"authorization")
@@ -117,7 +135,7 @@ class Replica(Desk):
         away = self.bookings.dispatcher.is_falling_back
         stopping = self.server.draining or self.server.stopping
         ready = path == b"/healthz" or (reachable > 0 and not stopping)
-        may_not_place = not self.bookings.is_pool_known and not (away and self.options.redis_away == "engine")
+        may_not_place = not self.bookings.is_rank_known and not (away and self.options.redis_away == "engine")
         if path == b"/readyz" and may_not_place:
             ready = False
         fields = {

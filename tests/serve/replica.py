@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import resource
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -39,6 +41,8 @@ class Replica:
     ) -> None:
         self.port = free_port()
         self.log = log
+        given = dict(itertools.pairwise(options))
+        self._tls = ssl.create_default_context(cafile=given["--tls-cert"]) if "--tls-cert" in given else None
         command = [sys.executable, "-m", "balancer.cli", "serve", "--pool", "p", "--port", str(self.port)]
         command += ["--drain-seconds", "0"]
         for engine in engines:
@@ -70,6 +74,8 @@ class Replica:
             return False
 
     def connect(self, timeout_s: float = 20.0) -> http.client.HTTPConnection:
+        if self._tls:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout_s, context=self._tls)
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
 
     def request(

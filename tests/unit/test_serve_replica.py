@@ -7,18 +7,16 @@ import contextlib
 import gzip
 import json
 import logging
-import ssl
-import subprocess
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from balancer import PoolAdmin, RankCounts, Reporter, Settings, in_flight_id
+from balancer import NoRank, PoolAdmin, RankCounts, Reporter, Settings, in_flight_id
+from balancer.serve.desk import Desk
 from balancer.serve.mock import MockEngine
-from balancer.serve.options import Limits
+from balancer.serve.options import Limits, Options, parse_engine
 from balancer.serve.replica import Replica
 from balancer.serve.workers import bound
 from tests.unit.serve_cast import HOST, Answer, ask, mock_engine, read_answer, replica, until
@@ -310,6 +308,27 @@ async def test_a_full_pool_is_a_429_and_an_empty_one_a_503_with_a_time_to_come_b
         assert anthropic.json()["type"] == "error"
 
 
+async def test_a_refused_request_has_nothing_to_release(
+    settings: Settings, join: Join, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool is full when Redis is busiest: a refusal costs the one EVAL that refuses."""
+    join("e", 1, capacity_tokens=100)
+    async with mock_engine() as (_, at), replica(settings, word(at, ",kind=sglang,hook=e")) as (made, port):
+        released: list[str] = []
+        release = made.bookings.dispatcher.release
+
+        async def noted(*ids: str) -> int:
+            released.extend(ids)
+            return await release(*ids)
+
+        monkeypatch.setattr(made.bookings.dispatcher, "release", noted)
+        for _ in range(5):
+            assert (await ask(port, COMPLETIONS, {"prompt": [1] * 101})).status == 429
+        served = await ask(port, COMPLETIONS, {"prompt": [1]})
+        await until(lambda: in_flight(client) == 0, "the one that was placed has ended")
+        assert released == [served.headers["x-request-id"]]
+
+
 async def test_a_rank_of_an_engine_that_is_not_ours_is_passed_over(settings: Settings, join: Join) -> None:
     join("elsewhere", 4)
     async with mock_engine() as (_, at), replica(settings, word(at, ",name=here")) as (made, port):
@@ -357,16 +376,6 @@ async def test_without_a_key_nobody_comes_in_and_the_key_goes_no_further(setting
         assert not any(b"front" in value for name, value in sent if name != b"host")
 
 
-async def test_tls(settings: Settings, tmp_path: Path) -> None:
-    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
-    more = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
-    subprocess.run([*make.split(), *more], check=True, capture_output=True)
-    async with mock_engine() as (_, at), replica(settings, word(at), cert_file=cert, key_file=key) as (_, port):
-        answer = await ask(port, COMPLETIONS, {"prompt": "hi"}, tls=ssl.create_default_context(cafile=cert))
-        assert answer.status == 200
-
-
 async def test_limits_are_kept_with_a_clear_word(settings: Settings) -> None:
     limits = Limits(body=1000, head=2000, connections=2, read_s=0.2, idle_s=0.2)
     async with mock_engine() as (_, at), replica(settings, word(at), limits=limits) as (made, port):
@@ -409,8 +418,55 @@ async def test_ready_means_that_there_is_somebody_to_send_to(settings: Settings,
     async with mock_engine() as (_, at), replica(settings, word(at, ",kind=vllm,hook=e"), ready=False) as (made, port):
         assert (await ask(port, "/readyz")).status == 503
         join("e", 1)
-        await until(lambda: made.bookings.is_pool_known, "the engine is known")
+        await until(lambda: made.bookings.is_rank_known, "its rank is known")
         assert (await ask(port, "/readyz")).status == 200
+
+
+async def test_ready_means_that_there_is_a_rank_of_an_engine_of_its_own(settings: Settings, join: Join) -> None:
+    join("elsewhere", 2)
+    async with mock_engine() as (_, at), replica(settings, word(at, ",hook=e"), ready=False) as (made, port):
+        await until(lambda: made.bookings.ranks == {"elsewhere/0", "elsewhere/1"}, "the others are known")
+        assert (await ask(port, "/readyz")).status == 503
+        refused = await ask(port, COMPLETIONS, {"prompt": "hi"})
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "nobody_joined")
+        join("e", 1)
+        await until(lambda: made.bookings.is_rank_known, "its rank is known", within_s=3)
+        assert (await ask(port, "/readyz")).status == 200
+        assert (await ask(port, COMPLETIONS, {"prompt": "hi"})).headers["x-balancer-rank"] == "e/0"
+
+
+async def test_an_engine_that_cannot_be_reached_is_not_said_to_drain(settings: Settings, join: Join) -> None:
+    async with mock_engine() as (_, down):
+        pass
+    join("down", 1)
+    async with (
+        mock_engine() as (_, at),
+        replica(settings, word(down, ",hook=down"), word(at, ",hook=e")) as (made, port),
+    ):
+        await until(lambda: not made.targets[0].stand_in.answers, "it does not answer")
+        refused = await ask(port, COMPLETIONS, {"prompt": "hi"})
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "nobody_joined"), (
+            "the other's hook is missing"
+        )
+
+
+async def test_ranks_are_named_only_where_not_every_rank_will_do(settings: Settings) -> None:
+    many = [f"http://{HOST}:{port},kind=sglang,dp=8,name=e{port}" for port in range(1, 131)]
+    made = Desk(Options(tuple(parse_engine(word) for word in many[:4])), settings)
+    everywhere = tuple(f"e{engine}/{index}" for engine in range(1, 5) for index in range(8))
+    assert made.among() == ()
+    assert made.among(everywhere[:8]) == everywhere[8:]
+    made.targets[1].stand_in.answers = False
+    assert made.among() == everywhere[:8] + everywhere[16:]
+    assert made.among((*everywhere[:8], *everywhere[16:])) == everywhere[8:16], "the silent one, where no other is left"
+    with pytest.raises(NoRank, match="all_silent"):
+        made.among(everywhere)
+    for target in made.targets:
+        target.stand_in.answers = False
+    assert made.among() == (), "a wrong look must not turn everybody away"
+    large = Desk(Options(tuple(parse_engine(word) for word in many)), settings)
+    large.targets[0].stand_in.answers = False
+    assert large.among() == (), "more than a dispatch may name"
 
 
 @pytest.mark.parametrize(("redis_away", "status"), [("last_known", 503), ("engine", 200)])
@@ -442,6 +498,31 @@ async def test_the_access_log_says_who_where_and_how_long_but_never_what(
     assert line["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
     assert 0 < line["placed_ms"] <= line["first_byte_ms"] <= line["total_ms"]
     assert not any(word in caplog.text for word in ("secret", "sk-1"))
+
+
+@pytest.mark.parametrize(
+    ("how", "ended", "gone"),
+    [("it leaves", "client_gone", 1), ("it does not read", "cut_by_us", 0), ("we stop", "cut_by_us", 0)],
+)
+async def test_a_client_that_we_cut_off_is_not_said_to_have_left(
+    settings: Settings, caplog: pytest.LogCaptureFixture, how: str, ended: str, gone: int
+) -> None:
+    caplog.set_level(logging.INFO, "balancer.access")
+    endless = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n" + b"x" * 20_000_000
+    limits = Limits(write_s=0.1 if how == "it does not read" else 60.0)
+    async with scripted(endless, then_close=False) as at, replica(settings, word(at), limits=limits) as (made, port):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.readuntil(b"\r\n\r\n")
+        if how == "it leaves":
+            writer.close()
+        elif how == "we stop":
+            await made.server.stop(0.1)
+        await until(lambda: caplog.records, "the line is written")
+        (line,) = (json.loads(record.message) for record in caplog.records if record.name == "balancer.access")
+        assert line["ended"] == ended
+        assert f'balancer_client_gone_total{{pool="p"}} {gone}.0'.encode() in made.metrics.text()
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -541,6 +622,48 @@ async def test_the_decision_alone_books_and_says_what_to_send(settings: Settings
         assert (await ask(port, "/balancer/v1/release", {"request_ids": ["r-1", "x"]})).json() == {"released": 0}
         body = {"path": "/v1/completions", "body": {"prompt": [1, 2, 3]}}
         assert (await ask(port, "/balancer/v1/dispatch", body)).json()["tokens"] == 3
+
+
+async def test_decisions_alone_stand_in_the_access_log_and_in_the_metrics(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "balancer.access")
+    doors = "/balancer/v1"
+    body = b'{"prompt":[1,2,3]}'
+    placed = await scene.ask(f"{doors}/dispatch", {"request_id": "r-1", "tokens": 50})
+    allowed = await scene.ask(f"{doors}/authorize/v1/completions", raw=body, headers="X-Request-Id: r-9\r\n")
+    for path, fields in {
+        "authorize/v1/models": None,
+        "release": {"request_id": "r-1"},
+        "dispatch": [],
+        "x": None,
+    }.items():
+        await scene.ask(f"{doors}/{path}", fields)
+    await scene.ask(f"{doors}/dispatch")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "balancer.access"]
+    assert [(line["status"], line["ended"]) for line in lines] == [
+        (200, "whole"),
+        (200, "whole"),
+        (200, "whole"),
+        (200, "whole"),
+        (400, "refused"),
+        (404, "refused"),
+        (405, "refused"),
+    ]
+    names = ("request_id", "rank", "outcome", "prompt_tokens")
+    own = allowed.headers["x-balancer-request-id"]
+    assert [lines[0][name] for name in names] == ["r-1", placed.json()["rank"], "placed", 50]
+    assert [lines[1][name] for name in names] == [own, allowed.headers["x-balancer-rank"], "placed", 3]
+    text = scene.replica.metrics.text().decode()
+    for code, endpoint, count in (
+        ("2xx", f"{doors}/dispatch", 1),
+        ("4xx", f"{doors}/dispatch", 2),
+        ("2xx", f"{doors}/authorize", 2),
+        ("2xx", f"{doors}/release", 1),
+        ("4xx", "other", 1),
+    ):
+        assert f'balancer_http_requests_total{{code="{code}",endpoint="{endpoint}",pool="p"}} {count}.0' in text
+    assert 'balancer_dispatch_seconds_count{pool="p"} 2.0' in text
 
 
 DEEP = {"body": {"tools": json.loads("[" * 300 + "]" * 300)}}

@@ -179,6 +179,22 @@ def test_with_one_engine_a_failed_request_is_no_retry(engines: Engines, serve: S
     nothing_booked()
 
 
+def test_a_try_is_counted_where_it_is_made_and_not_where_nobody_was_found_for_it(
+    engines: Engines, serve: Serve, nothing_booked: Wait
+) -> None:
+    engine, never_joined = engines(), engines()
+    replica = serve(engine.url, f"{never_joined.url},hook=never-joined")
+    assert replica.chat()[0] == 200
+    engine.down()
+    status, _, body = replica.chat()
+    assert (status, b"tries" in body) == (502, False)
+    metrics = replica.request("GET", "/metrics")[2].decode()
+    assert not [line for line in metrics.splitlines() if line.startswith("balancer_retries_total{")]
+    last = json.loads([line for line in replica.log.read_text().splitlines() if line.startswith("{")][-1])
+    assert (last["status"], last["tries"]) == (502, 1)
+    nothing_booked()
+
+
 def test_an_idle_connection_that_the_engine_has_closed_fails_no_request(engines: Engines, serve: Serve) -> None:
     engine = engines()
     replica = serve(engine.url)
