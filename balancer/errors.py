@@ -40,7 +40,8 @@ class NoRankReason(StrEnum):
 
 
 _ADVICE = {
-    NoRankReason.NOBODY_JOINED: "no engine has joined this pool: check the pool's name and that an engine's hook runs",
+    NoRankReason.NOBODY_JOINED: "no engine whose ranks may be chosen has joined this pool: "
+    "check the pool's name and that the engine's hook runs",
     NoRankReason.ALL_SILENT: "every engine's lease has ended: engines or their way to Redis are down "
     "(to use the last known ranks all the same: when_silent=last_known)",
     NoRankReason.ALL_DRAINING: "every rank that reports is draining: `balancer undrain` one",
