@@ -10,6 +10,10 @@ local function turn_of(request)
   return tonumber(string.sub(request.id, -6))
 end
 
+local function may_see(rank)
+  return (not among or among[rank]) and not avoided[rank]
+end
+
 local function read_view(from, to)
   local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
   view = {}
