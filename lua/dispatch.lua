@@ -38,7 +38,7 @@ end
 
 --@include queue_sums, index_queues, check_types, engine_record, eligible, booking, remove_engine, add_in_flight
 --@include end_bookings, end_with_pool, keep_alive, ordinary_from, withdraw_ordinary, end_leases, recall_silent
---@include expire, weights, view, why_none, room, book, parameter, keep_queues, note_ordinary, remember, least
+--@include expire, weights, listed_loads, view, why_none, room, book, parameter, keep_queues, note_ordinary, remember, least
 --@include largest, largest_first, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
 local dispatcher, want_loads = unpack(ARGV, 1, 2)

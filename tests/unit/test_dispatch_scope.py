@@ -80,6 +80,35 @@ def test_who_names_all_ranks_gets_what_who_names_none_gets_by_the_short_way_and_
     assert settled_ties[1] == settled_ties[3]
 
 
+@pytest.mark.parametrize("policy", policies())
+@pytest.mark.parametrize("weights", ["equal", "b=2,b/1=0.5"])
+def test_the_loads_of_a_few_named_ranks_are_read_alone_and_decide_as_in_a_look_at_all(
+    join: Join, run: Run, admin: PoolAdmin, client: redis.Redis, policy: str, weights: str
+) -> None:
+    few = Scope([f"b/{index}" for index in range(4)], ["b/3"])
+    many = Scope(
+        [*few.among, *(f"stranger/{index}" for index in range(4))], few.avoid
+    )  # too many to be looked at alone
+    answers, looked_up = [], []
+    for scope in (few, many):
+        admin.remove()
+        admin.configure(policy=policy, weights=weights, when_full="least_loaded")
+        source, placed = random.Random(policy), []
+        engines = [join(name, 4, capacity_tokens=60_000) for name in "abcd"]
+        client.config_resetstat()
+        for step in range(1, 20):
+            for engine in engines:
+                engine.report(step, [RankCounts(9_000 * source.randrange(5), source.randrange(4)) for _ in range(4)])
+            for at, size in enumerate((1, 1, 4, 1)):
+                requests = [Request(f"{step}-{at}-{i}", source.choice((50, 900, 30_000))) for i in range(size)]
+                placed += run(protocol.dispatch("p", "d", requests, scope=scope)).outcomes
+        answers.append(placed)
+        looked_up.append(calls(client, "zmscore"))
+    assert answers[0] == answers[1]
+    assert {placement.rank for placement in answers[0]} == {"b/0", "b/1", "b/2"}
+    assert looked_up[0] == looked_up[1] + 19 * 4, "the few by their names, in each dispatch"
+
+
 def test_why_there_is_no_rank_is_said_of_those_that_were_named(
     join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
 ) -> None:
