@@ -12,12 +12,13 @@
 --          then rank, load of each eligible rank where they are wanted}
 --          outcome is 'placed', 'repeated' or 'no_rank'; reason 'nobody_joined', 'all_silent', 'all_draining', 'all_full'
 --          or {'newer_schema', schema} or {'unknown_pool'}
---@include keys, now_ms, decimal, ordinary_note
+--@include keys, now_ms, decimal, ordinary_note, scope
 local now = now_ms()
-if #ARGV == 5 and ARGV[2] == '0' then  -- the short way, in blocks and not in functions: to make those is half a booking
+-- The short way: one request and no loads. In blocks and not in functions: to make those is half a booking.
+if #ARGV == 5 and string.sub(ARGV[2], 1, 1) == '0' then
   local schema, note, sums, largest = unpack(call('HMGET', pool, 'schema', 'ordinary', 'queue_sums', 'largest'))
   local from, until_ms, lease_ms, lives, policy, k = string.match(note or '', ORDINARY)
-  if from and tonumber(schema) == SCHEMA and tonumber(from) <= now and now < tonumber(until_ms) then
+  if from and tonumber(schema) == SCHEMA and from + 0 <= now and now < until_ms + 0 and (not is_scoped or names_all()) then
     local rank, load, score, booked
     if policy == 'minimum_tokens' then
 --@include least_loaded
@@ -37,7 +38,7 @@ end
 
 --@include queue_sums, index_queues, check_types, engine_record, eligible, booking, remove_engine, add_in_flight
 --@include end_bookings, end_with_pool, keep_alive, ordinary_from, withdraw_ordinary, end_leases, recall_silent
---@include expire, weights, scope, view, why_none, room, book, parameter, keep_queues, note_ordinary, remember, least
+--@include expire, weights, listed_loads, view, why_none, room, book, parameter, keep_queues, note_ordinary, remember, least
 --@include largest, largest_first, policies/*, policies
 local EXPIRED_PER_DISPATCH = 16
 local dispatcher, want_loads = unpack(ARGV, 1, 2)
@@ -73,7 +74,7 @@ end
 
 largest_first(batch)
 read_weights(now)
-look_within(want_loads)
+is_scoped = is_scoped and not names_all()
 local reason = #batch > 0 and sees_none() and why_none(now) or nil
 local choose = not reason and #batch > 0 and (POLICIES[policy] or envelope)(batch)
 local placed = {}

@@ -1,21 +1,24 @@
--- scope: the ranks that a dispatch may choose: those it names, or any, and never those that it names behind a minus.
-local is_scoped, among, avoided = false, nil, {}
-
-local function look_within(named)
-  for sign, rank in string.gmatch(named, ' (%-?)(%S+)') do
+-- scope: the ranks that a dispatch may choose: any, or those that it names, and never those that it names behind a minus. A
+-- block of dispatch; names_all is there where it is scoped.
+local is_scoped, names, among, avoided, names_all = #ARGV[2] > 1, 0
+if is_scoped then
+  avoided = {}
+  for sign, rank in string.gmatch(ARGV[2], ' (%-?)([^ ]+)') do
     if sign == '-' then
-      avoided[rank], is_scoped = true, true
+      avoided[rank] = true
     else
-      among, is_scoped = among or {}, true
+      names, among = names + 1, among or {}
       among[rank] = true
     end
   end
-end
 
-local function is_among(rank)
-  return not among or among[rank]
-end
-
-local function may_see(rank)
-  return is_among(rank) and not avoided[rank]
+  -- names_all: whether every eligible rank is named, as where a server is alone in its pool. A dispatch that names all is
+  -- decided as one that names none.
+  function names_all()
+    if not among or next(avoided) or names < call('ZCARD', loads) then return false end
+    for _, rank in ipairs(call('ZRANGE', loads, '0', '-1')) do
+      if not among[rank] then return false end
+    end
+    return true
+  end
 end

@@ -10,8 +10,11 @@ local function turn_of(request)
   return tonumber(string.sub(request.id, -6))
 end
 
-local function read_view(from, to)
-  local listed = call('ZRANGE', loads, from, to, 'WITHSCORES')
+local function may_see(rank)
+  return (not among or among[rank]) and not avoided[rank]
+end
+
+local function read_view(listed)
   view = {}
   for i = 1, #listed, 2 do
     local rank = listed[i]
@@ -30,20 +33,20 @@ local function look_at_all()
   if view_is_whole then return end
   local changed = {}
   for _, seen in ipairs(view) do changed[seen.rank] = seen.load end
-  read_view('0', '-1')
+  read_view(listed_loads())
   for _, seen in ipairs(view) do seen.load = changed[seen.rank] or seen.load end
-  if next(changed) then table.sort(view, is_before) end
+  if few or next(changed) then table.sort(view, is_before) end
   view_is_whole = true
 end
 
 -- look_at_least: the `count` least loaded ranks. Where more than `count` share the least load, `turn` (any whole
 -- number) says at which of them the list begins, so that ties spread.
 local function look_at_least(count, turn)
-  read_view('0', decimal(count))
+  read_view(call('ZRANGE', loads, '0', decimal(count), 'WITHSCORES'))
   if #view > count and view[count + 1].load == view[1].load then
     local lowest = decimal(view[1].load)
     local start = turn % (call('ZCOUNT', loads, lowest, lowest) - count + 1)
-    read_view(decimal(start), decimal(start + count - 1))
+    read_view(call('ZRANGE', loads, decimal(start), decimal(start + count - 1), 'WITHSCORES'))
   end
 end
 

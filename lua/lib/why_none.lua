@@ -5,7 +5,7 @@ local function why_none(now)
   for _, name in ipairs(call('HKEYS', engines)) do
     local engine = read_engine(name)
     local is_theirs = not among
-    for _, rank in ipairs(among and ranks_of(engine) or {}) do is_theirs = is_theirs or is_among(rank) end
+    for _, rank in ipairs(among and ranks_of(engine) or {}) do is_theirs = is_theirs or among[rank] end
     if is_theirs then
       local lease_ends = tonumber(call('ZSCORE', leases, name) or 0)
       if engine.state == 'up' and lease_ends > now then return 'all_draining' end

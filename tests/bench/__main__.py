@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "lists": throughput.lists,
     "server-time": server_time.by_ranks,
     "in-flight": server_time.in_flight,
+    "among": server_time.among,
     "policies": policies.server_time,
     "latency": library.latency,
     "memory": memory.per_id,

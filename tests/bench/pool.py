@@ -16,8 +16,8 @@ import redis
 from balancer import Incarnation, RankCounts, Request, protocol
 from balancer.embedded import EmbeddedRedis
 from balancer.keys import KEY_NAMES, pool_keys
-from balancer.model import MAX_REQUESTS_PER_DISPATCH, Report
-from balancer.protocol import Operation
+from balancer.model import MAX_REQUESTS_PER_DISPATCH, Report, Scope
+from balancer.protocol import ANYWHERE, Operation
 from balancer.scripts import load_script
 
 Word = str | int
@@ -37,9 +37,14 @@ _END = b"$3\r\nEND\r\n"
 
 
 class BenchPool:
-    """A pool of one engine with `ranks` ranks that hold different numbers of tokens, and leases that do not end."""
+    """A pool of one engine with `ranks` ranks that hold different numbers of tokens, and leases that do not end.
 
-    def __init__(self, server: EmbeddedRedis, ranks: int, name: str = "bench", policy: str = "minimum_tokens") -> None:
+    `others`: engines of as many ranks beside it.
+    """
+
+    def __init__(
+        self, server: EmbeddedRedis, ranks: int, name: str = "bench", policy: str = "minimum_tokens", others: int = 0
+    ) -> None:
         self.name, self.ranks, self.port, self.keys = name, ranks, server.port, pool_keys(name)
         self.redis = redis.Redis.from_url(server.url, protocol=2, socket_timeout=60)
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
@@ -49,15 +54,19 @@ class BenchPool:
         leases = {"engine_lease_ms": _NEVER_MS, "booking_lease_ms": _NEVER_MS, "forget_ms": _NEVER_MS}
         self.run(protocol.configure(name, {"policy": policy, **leases}))
         self._step = 0
-        self.incarnation = Incarnation("sglang-0", ranks, "0")
+        for other in range(1, 1 + others):
+            self._begin(f"sglang-{other}")
         self.reset()
 
     def reset(self) -> None:
         """Nothing in flight, by a new life of the engine; its ranks hold 10,000 to 200,000 tokens."""
         self.redis.unlink(*(self.keys[at] for at in (8, 9)))  # bookings, deadlines
-        self.incarnation = Incarnation("sglang-0", self.ranks, uuid.uuid4().hex)
-        epoch = int(self.run(protocol.join(self.name, self.incarnation))[1])
-        self.incarnation = Incarnation("sglang-0", self.ranks, self.incarnation.nonce, epoch=epoch)
+        self._begin("sglang-0")
+
+    def _begin(self, engine: str) -> None:
+        joining = Incarnation(engine, self.ranks, uuid.uuid4().hex)
+        epoch = int(self.run(protocol.join(self.name, joining))[1])
+        self.incarnation = Incarnation(engine, self.ranks, joining.nonce, epoch=epoch)
         self.run(self.report())
 
     def report(self, received: Sequence[int] = (), counts: Sequence[RankCounts] | None = None) -> Operation[Any]:
@@ -70,9 +79,9 @@ class BenchPool:
         """New requests: uuid4 ids, 1 to 4,000 tokens."""
         return [Request(str(uuid.uuid4()), self._random.randint(1, 4_000)) for _ in range(count)]
 
-    def dispatch(self, requests: Sequence[Request]) -> Operation[Any]:
+    def dispatch(self, requests: Sequence[Request], scope: Scope = ANYWHERE) -> Operation[Any]:
         """One dispatch of these requests."""
-        return protocol.dispatch(self.name, DISPATCHER, requests)
+        return protocol.dispatch(self.name, DISPATCHER, requests, scope=scope)
 
     def book(self, count: int) -> list[Request]:
         """Put `count` new requests in flight, in long lists."""

@@ -1,11 +1,13 @@
 """Server time of a single dispatch (INFO commandstats) against a script that only writes the booking.
 
-And how it changes with 100,000 ids in flight.
+How it changes with 100,000 ids in flight, and where a dispatcher names the ranks among which to choose.
 """
 
 from __future__ import annotations
 
 from balancer.embedded import EmbeddedRedis
+from balancer.model import Scope
+from balancer.protocol import ANYWHERE
 from tests.bench.measuring import Row, Target, in_turn, row
 from tests.bench.pool import FIRST_ID, BenchPool, Command
 from tests.bench.references import booking_only, no_op
@@ -50,9 +52,26 @@ def in_flight(server: EmbeddedRedis, quick: bool) -> list[Row]:
     return [row(f"dispatch with {ids} ids in flight", "none in flight", with_ids, without, "%", Target("at most", 110))]
 
 
-def _dispatch_us(pool: BenchPool) -> float:
+def among(server: EmbeddedRedis, quick: bool) -> list[Row]:
+    """A server's own dispatcher, which names its ranks: alone in its pool, and as one of eight."""
+    rows = []
+    for policy in ("envelope", "minimum_tokens"):
+        for servers, ranks in ((1, 16), (1, 64), (8, 16), (8, 64)):
+            pool = BenchPool(server, ranks, policy=policy, others=servers - 1)
+            own = Scope(pool.incarnation.ranks)
+            try:
+                sides = (lambda pool=pool, own=own: _dispatch_us(pool, own), lambda pool=pool: _dispatch_us(pool))
+                named, unnamed = in_turn(10 if quick else 60, *sides)
+            finally:
+                pool.close()
+            what = f"dispatch among own ranks, {policy}, {servers} x {ranks} ranks"
+            rows.append(row(what, "among all", named, unnamed))
+    return rows
+
+
+def _dispatch_us(pool: BenchPool, scope: Scope = ANYWHERE) -> float:
     requests = pool.requests(PER_ROUND)
-    spent_us = pool.server_us([pool.command(pool.dispatch([request])) for request in requests])
+    spent_us = pool.server_us([pool.command(pool.dispatch([request], scope)) for request in requests])
     pool.release(requests)
     return spent_us
 

@@ -210,9 +210,14 @@ class Program:
         return act
 
     def scope(self) -> Scope:
-        """Some ranks to choose among, some to avoid, of which a few are not there; often none of either."""
-        known = [*dict.fromkeys(rank for who in self.known[-3:] for rank in who.ranks), "stranger/0"]
-        return Scope(*([rank for rank in known if named and self.below(2)] for named in (self.below(2), self.below(2))))
+        """Ranks to choose among: any, or all, some or a few by name; and ranks to avoid. Not all of them are there."""
+        known = [*dict.fromkeys(rank for who in self.known for rank in who.ranks), "stranger/0"]
+        everyone = [*reversed(known), self.pick(known)]  # in an order that no index has, one of them twice
+        among = self.pick(((), everyone, self.some(known), [self.pick(known), self.pick(known)]))
+        return Scope(among, self.some(known) if not self.below(4) else ())
+
+    def some(self, ranks: Sequence[str]) -> list[str]:
+        return [rank for rank in ranks if self.below(2)]
 
     def renew(self) -> Callable[[], None]:
         count = self.pick((1, 1, 3))
@@ -471,7 +476,7 @@ CALM = Weather(  # dispatch is what it mostly is, one new request and few ties, 
         {"weights": "equal"},
     ),
     loads_wanted_one_in=10,
-    restricted_one_in=20,
+    restricted_one_in=3,
     acts=(
         *[Program.dispatch] * 40,
         *[Program.report] * 12,

@@ -11,7 +11,6 @@ import redis
 from balancer import Dispatcher, NoRank, NoRankReason, Outcome, Placement, RankCounts, Reporter, Request, Settings
 from balancer.admin import PoolAdmin
 from balancer.model import in_flight_id
-from balancer.policies import policies
 from tests.clock import Clock
 
 Join = Callable[..., Reporter]
@@ -338,55 +337,6 @@ def test_a_pool_can_be_told_so_when_all_have_already_fallen_silent(
     assert dispatcher.dispatch("a", 1).stale
     admin.configure(when_silent="refuse")
     assert reason_of(dispatcher) is NoRankReason.ALL_SILENT
-
-
-# -- among some ranks, or not on some
-
-
-def test_a_dispatch_among_ranks_looks_at_these_alone(join: Join, dispatcher: Dispatcher) -> None:
-    join("a", 3).report(1, [RankCounts(500, 1), RankCounts(400, 1), RankCounts(300, 1)])
-    join("b", 2).report(1, [RankCounts(0, 0), RankCounts(10, 1)])
-    ranks = ["a/0", "a/1", "a/2", "stranger/0"]
-    placement = dispatcher.dispatch("r0", 50, among=ranks)
-    assert (placement.rank, placement.load_tokens) == ("a/2", 300)
-    assert dispatcher.dispatch("r1", 60, among=ranks, avoid=["a/2"]).rank == "a/1"
-    assert dispatcher.dispatch("r2", 1, avoid=["b/0"]).rank == "b/1"
-    assert dispatcher.dispatch("r0", 50, among=["b/0"]).rank == "a/2", "what is booked keeps its rank"
-
-
-@pytest.mark.parametrize("policy", policies())
-def test_every_policy_keeps_to_the_ranks_that_it_is_given(
-    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, policy: str
-) -> None:
-    admin.configure(policy=policy)
-    join("a", 4), join("b", 4)
-    seen = Counter[str]()
-    for number in range(40):
-        requests = [Request(f"{number}-{place}", 1 + place) for place in range(1 + number % 3)]
-        answers = dispatcher.dispatch_many(requests, among=[f"b/{i}" for i in range(4)], avoid=["b/1"])
-        seen.update(ranks_of(answers))
-        dispatcher.release(*(request.request_id for request in requests))
-    assert set(seen) == {"b/0", "b/2", "b/3"}, "and ties within them spread"
-
-
-def test_why_there_is_no_rank_is_said_of_those_that_were_named(
-    join: Join, dispatcher: Dispatcher, admin: PoolAdmin, clock: Clock
-) -> None:
-    def reason(**scope: list[str]) -> NoRankReason:
-        with pytest.raises(NoRank) as none:
-            dispatcher.dispatch("r", 10, **scope)
-        return none.value.reason
-
-    join("gone", 1)
-    clock.move(5_000)
-    join("late", 1), join("full", 1, capacity_tokens=5), join("fine", 1)
-    admin.drain("late")
-    assert reason(among=["gone/0"]) is NoRankReason.ALL_SILENT
-    assert reason(among=["nobody/0"]) is NoRankReason.NOBODY_JOINED
-    assert reason(among=["late/0", "gone/0"]) is NoRankReason.ALL_DRAINING
-    assert reason(among=["full/0"]) is NoRankReason.ALL_FULL
-    assert reason(among=["fine/0"], avoid=["fine/0"]) is NoRankReason.ALL_DRAINING
-    assert dispatcher.dispatch("r", 10, among=["fine/0"]).rank == "fine/0"
 
 
 # -- renewing
