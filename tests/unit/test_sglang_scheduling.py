@@ -487,6 +487,21 @@ def test_with_elastic_ep_the_gather_is_off_and_it_is_said(settings: Settings, ca
     hooks._hook.close()
 
 
+def test_a_node_that_joins_by_elastic_ep_does_not_take_a_live_ranks_name(
+    rank: Rank, settings: Settings, dispatcher: Dispatcher, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang numbers a joiner's schedulers from 0 again, and the name of the engine is alike on all nodes."""
+    scheduler = Scheduler()
+    scheduler.server_args.ep_join_rank_offset = 8
+    joiner = Rank(settings, scheduler)
+    joiner.step(request("theirs", 10))
+    rank.step(request("r", 70))
+    eventually(lambda: shows(dispatcher, holding=70, in_flight=0), "the live rank goes on reporting")
+    assert joiner.hooks._hook is None
+    (said,) = caplog.messages
+    assert "joins by elastic EP" in said
+
+
 class Store:
     """The group's key-value store; `broken` makes the next read fail."""
 

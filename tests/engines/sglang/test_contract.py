@@ -119,6 +119,8 @@ def test_a_server_says_where_its_nodes_meet_and_whether_ranks_come_and_go(releas
     text = "".join(wheel(release).read(name).decode() for name in fields_of_a_server)
     for name in ("nnodes", "node_rank", "dist_init_addr", "elastic_ep_backend", "port"):
         assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
+    if "ep_join_mode: " in text:  # from 0.5.16 a node may join a running server, its ranks numbered from 0
+        assert re.search(r"^    ep_join_rank_offset: ", text, re.MULTILINE)
 
 
 def test_sglangs_own_exchange_says_to_all_alike_whether_anybody_computes(release: str) -> None:
