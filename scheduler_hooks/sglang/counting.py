@@ -27,10 +27,12 @@ class Counting:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._slots = scheduler.req_to_token_pool.available_size()
-        mode = getattr(getattr(scheduler, "disaggregation_mode", None), "name", "NULL")
-        self.is_decode = mode == "DECODE"
-        """Whether this is the decode side of PD disaggregation."""
+        self._rows = scheduler.req_to_token_pool.available_size()
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is the decode side of PD disaggregation now: a server may switch (--enable-pd-role-switch)."""
+        return getattr(getattr(self._scheduler, "disaggregation_mode", None), "name", "NULL") == "DECODE"
 
     def held(self) -> Held:
         """What this rank holds now, running and queued."""
@@ -38,14 +40,25 @@ class Counting:
         loads = scheduler.load_inquirer.get_loads()
         used, capacity = loads.num_used_tokens, loads.max_total_num_tokens
         tokens = loads.num_total_tokens + to_prefill(scheduler.chunked_req)
-        if self.is_decode:  # there requests have slots while they wait for their KV
-            requests = loads.num_running_reqs + loads.num_waiting_reqs
-        else:
-            # A request has a slot from its first chunk to its end, on a prefill server to the end of its transfer.
-            # SGLang's own count of the running lacks those that are in their first step and in no batch yet; a prefill
-            # server's is always 0.
-            requests = max(0, self._slots - scheduler.req_to_token_pool.available_size()) + loads.num_waiting_reqs
+        requests = self._with_a_row() + self._without_a_row(loads)
         return Held(tokens, requests, max(0, tokens - used), min(1_000, 1_000 * used // max(1, capacity)))
+
+    def _with_a_row(self) -> int:
+        """Requests that have a row in the pool: from their first chunk to their end, on a prefill server to the end of
+        their transfer, on a decode server from before it.
+
+        SGLang's own count of the running lacks those that are in their first step and in no batch yet, with pipeline
+        parallelism all micro-batches but one, and a prefill server's is always 0.
+        """
+        rows: int = self._rows - self._scheduler.req_to_token_pool.available_size()
+        return max(0, rows - idle_rows(self._scheduler))
+
+    def _without_a_row(self, loads: Any) -> int:
+        """Requests that wait for one; on a decode server those that wait for their KV or are computed have theirs."""
+        if not self.is_decode:
+            return int(loads.num_waiting_reqs)
+        queue = self._scheduler.disagg_decode_prealloc_queue
+        return len(queue.queue) + len(queue.retracted_queue)
 
     def capacity_tokens(self) -> int:
         """Tokens for which this rank has KV memory."""
@@ -55,6 +68,23 @@ class Counting:
         """Ids of requests whose grammar is being compiled: SGLang counts their tokens nowhere until it is."""
         manager = getattr(self._scheduler, "grammar_manager", None)
         return {request.rid for request in getattr(manager, "grammar_queue", ())}
+
+
+def idle_rows(scheduler: Any) -> int:
+    """Rows that streaming sessions keep while none of their turns is computed."""
+    if not getattr(scheduler.server_args, "enable_streaming_session", False):
+        return 0
+    kept: int = scheduler.pool_stats_observer.session_held_req_count()  # those of computed turns too
+    if not kept:
+        return 0
+    # From 0.5.22 on a session has its row from the start of its first turn, before from the end of it.
+    has_from_start = hasattr(scheduler.tree_cache, "session_records")
+    waiting = {request.session.session_id for request in scheduler.waiting_queue if request.session}
+    computed: int = sum(
+        session._inflight and id_ not in waiting and (has_from_start or bool(session.req_nodes))
+        for id_, session in scheduler.session_controller.sessions.items()
+    )
+    return max(0, kept - computed)
 
 
 def to_prefill(chunked: Any) -> int:

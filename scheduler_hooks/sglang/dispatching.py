@@ -3,7 +3,7 @@
 One EVAL for a request and one for a batch, within a few milliseconds, never retried: the controller is one thread, and
 what waits here waits for all. Without an answer `routed_dp_rank` stays empty, and SGLang's own method decides. Only
 ranks of this engine that SGLang holds active are asked for, so that no placement has to be taken back, and none at all
-while one of them has never joined the pool (`joined`).
+until all of them have been seen in the pool (`joined`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Dispatching:
             return
         try:
             if self._joined.lacks_any(active, dispatcher):
-                self._tally.left("while a rank is missing in the pool", len(known))
+                self._tally.left("before all ranks were seen in the pool", len(known))
             else:
                 self._ask(dispatcher, {f"{self._engine}/{index}": index for index in active}, known)
         except BalancerError:

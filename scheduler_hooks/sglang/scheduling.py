@@ -208,6 +208,9 @@ class Scheduling:
         if absent := not_applied(SCHEDULER_TARGETS):
             self._is_settled = True
             return log.error("dp-balancer reports nothing: SGLang has not hooked %s", ", ".join(absent))
+        if getattr(scheduler.server_args, "ep_join_rank_offset", 0):  # from 0.5.16 on
+            self._is_settled = True
+            return log.error("dp-balancer reports nothing: a node that joins by elastic EP numbers its ranks from 0")
         self._rank = led_rank(scheduler)
         self._idle_cadence = 1 if getattr(scheduler.server_args, "sleep_on_idle", False) else IDLE_SYNCS
         self._address = address(self._plugin, scheduler.server_args)

@@ -54,6 +54,7 @@ def scheduler_with(waiting: int) -> Any:
         load_inquirer=SchedulerLoadInquirer(**fields),
         req_to_token_pool=SimpleNamespace(available_size=lambda: 64),
         chunked_req=None,
+        server_args=SimpleNamespace(enable_streaming_session=False),
         disaggregation_mode=DisaggregationMode.NULL,
     )
 

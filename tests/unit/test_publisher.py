@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import redis
@@ -326,6 +328,56 @@ def test_what_a_person_must_set_right_is_said_once_and_tried_until_it_is(
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         client.delete("dpb:{p}:pool")
         eventually(lambda: look.engine(), "it has joined")
+
+
+class SlowReporter(Reporter):
+    """Its reports reach Redis late, as where many ranks report to it; says when each began and ended."""
+
+    def __init__(self, settings: Settings, took_s: float) -> None:
+        super().__init__(settings, "e")
+        self.took_s = took_s
+        self.reports: list[tuple[float, float]] = []
+
+    def report(self, *arguments: Any) -> Any:
+        began_s = time.monotonic()
+        time.sleep(self.took_s)
+        answer = super().report(*arguments)
+        self.reports.append((began_s, time.monotonic()))
+        return answer
+
+
+def test_where_reports_take_long_a_publisher_has_one_under_way_a_twentieth_of_its_time(
+    settings: Settings, look: Look, eventually: Eventually
+) -> None:
+    """So the ranks of a few large servers do not keep Redis from answering dispatches."""
+    reporter = SlowReporter(settings, took_s=0.002)
+    publisher = Publisher(reporter)
+    ids = look.book(200, 10, eventually)
+    for step, id_ in enumerate(ids, start=1):
+        publisher.hand_over(step, [(10 * step, step)], [id_])
+        time.sleep(0.002)  # the engine's step, shortened
+    eventually(lambda: look.rank().holding_tokens == 2_000, "the newest counts arrive")
+    assert look.rank().in_flight_tokens == 0, "with all ids: what was received meanwhile was in flight until then"
+    publisher.close()
+    for (began_s, ended_s), (next_s, _) in pairwise(reporter.reports):
+        assert next_s - ended_s > 0.45 * min(19 * (ended_s - began_s), 0.1), "give or take half of it"
+    under_way_s = sum(ended_s - began_s for began_s, ended_s in reporter.reports)
+    assert under_way_s < 0.1 * (reporter.reports[-1][1] - reporter.reports[0][0])
+    assert publisher.counters.coalesced > 100
+
+
+def test_a_rest_puts_off_neither_a_heartbeat_nor_the_leaving(
+    settings: Settings, look: Look, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler_hooks.publisher.MAX_REST_S", 60.0)
+    monkeypatch.setattr("scheduler_hooks.publisher.REPORTING_SHARE", 1e-6)
+    with publishing(settings, heartbeat_s=60) as publisher:
+        eventually(lambda: look.engine(), "it has joined, and rests for a minute")
+        publisher.hand_over(1, [(7, 1)])
+        publisher.close(timeout_s=20)
+        assert look.engine() is None
+    with publishing(settings) as publisher:
+        eventually(lambda: publisher.counters.published >= 5, "heartbeats come all the same")
 
 
 def test_closing_does_not_wait_for_an_absent_redis(

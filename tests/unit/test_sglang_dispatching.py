@@ -183,6 +183,61 @@ def test_while_a_rank_has_never_joined_sglang_places_and_its_name_is_said_once(
 
 
 @pytest.mark.usefixtures("_impatient")
+def test_until_a_look_is_answered_no_rank_counts_as_joined(
+    settings: Settings,
+    join: Join,
+    dispatcher: Dispatcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a large pool a snapshot misses so small a budget now and then, while a dispatch is answered."""
+    for index in (0, 1):
+        join("e", 1, index=index)
+    server = Server(settings, Controller())
+    server.hooks.ready(None, server.controller)
+    assert server.hooks._dispatcher
+    with monkeypatch.context() as slow:
+
+        def late() -> None:
+            raise StoreUnavailable("no answer within 5 ms")
+
+        slow.setattr(server.hooks._dispatcher, "snapshot", late)
+        server.dispatch(*requests(8))
+    assert sorted(server.controller.sent.values()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert dispatcher.snapshot().bookings == 0
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == "SGLang's own method places until the pool says which ranks it has: no answer within 5 ms"
+    for index in (2, 3):
+        join("e", 1, index=index)
+    server.dispatch(*requests(8, prefix="s"))
+    assert dispatcher.snapshot().bookings == 8
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_rank_that_becomes_active_during_an_outage_does_not_end_the_looking(
+    settings: Settings, join: Join, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is missing nothing is dispatched, so nothing else would notice that Redis is back."""
+    for index in range(3):
+        join("e", 1, index=index)
+    server = Server(replace(settings, probe_ms=1), Controller(status=[True, True, True, False]))
+    server.dispatch(*requests(1, prefix="first"))
+    assert server.hooks._dispatcher
+    with monkeypatch.context() as outage:
+
+        def away(operation: Any) -> Any:
+            raise StoreUnavailable("connection refused")
+
+        outage.setattr(server.hooks._dispatcher._store, "run", away)
+        server.dispatch(*requests(10))
+    join("e", 1, index=3)
+    server.controller.status[3] = True
+    server.controller._active_workers.append(3)
+    server.dispatch(*requests(4, prefix="s"))
+    assert dispatcher.snapshot().bookings == 5
+
+
+@pytest.mark.usefixtures("_impatient")
 def test_a_rank_that_has_joined_and_gone_silent_stays_avoided(
     settings: Settings, join: Join, dispatcher: Dispatcher, clock: Clock
 ) -> None:

@@ -39,6 +39,7 @@ class Scheduler:
         self.req_to_token_pool = SimpleNamespace(available_size=lambda: 64 - len(self.running))
         self.load_inquirer = SimpleNamespace(get_loads=self._loads)
         self.grammar_manager = SimpleNamespace(grammar_queue=[])
+        self.disagg_decode_prealloc_queue = SimpleNamespace(queue=[], retracted_queue=[])
         self.chunked_req: Any = None
         self.tp_cpu_group: Any = None
         self.waiting: list[Any] = []
@@ -377,13 +378,60 @@ def test_a_prefill_server_counts_what_it_computes_and_what_it_transfers(settings
 
 
 def test_a_decode_server_counts_each_request_once(settings: Settings) -> None:
-    """There a request has its slot already while its KV is on its way, and SGLang counts it as waiting."""
+    """There a request has its row already while its KV is on its way, and SGLang counts it as waiting.
+
+    With pipeline parallelism SGLang's count of the running is that of one micro-batch: here none.
+    """
     scheduler = Scheduler()
     scheduler.disaggregation_mode = SimpleNamespace(name="DECODE")  # type: ignore[attr-defined]
     counting = Counting(scheduler)
-    scheduler.running = {"on its way": 20}
-    scheduler.waiting = [request("on its way", 20)]
-    assert counting.held().requests == 1
+    scheduler.running = {"on its way": 20, "computed": 10, "computed in another micro-batch": 10}
+    scheduler.waiting = [request("on its way", 20), request("without a row", 5), request("retracted", 5)]
+    scheduler.disagg_decode_prealloc_queue.queue = [scheduler.waiting[1]]
+    scheduler.disagg_decode_prealloc_queue.retracted_queue = [scheduler.waiting[2]]
+    assert counting.held().requests == 5
+
+
+def test_a_server_that_switches_its_role_counts_by_the_role_that_it_has(settings: Settings) -> None:
+    scheduler = Scheduler()
+    scheduler.disaggregation_mode = SimpleNamespace(name="PREFILL")  # type: ignore[attr-defined]
+    counting = Counting(scheduler)
+    scheduler.running = {"has a row": 20}
+    scheduler.waiting = [request("has a row", 20)]
+    assert counting.held().requests == 2, "one is transferred, one waits"
+    scheduler.disaggregation_mode = SimpleNamespace(name="DECODE")  # type: ignore[attr-defined]
+    assert counting.held().requests == 1, "its KV is on its way"
+
+
+@pytest.mark.parametrize("has_row_from_start", [True, False], ids=["0.5.22 and later", "before"])
+def test_a_streaming_session_counts_while_it_has_a_turn_only(settings: Settings, has_row_from_start: bool) -> None:
+    """Between two turns it keeps its row, and SGLang's own check of an idle scheduler takes such rows for free ones."""
+    scheduler = Scheduler()
+    counting = Counting(scheduler)
+    sessions = {id_: SimpleNamespace(session_id=id_, _inflight=False, req_nodes={"turn": 1}) for id_ in "abc"}
+    scheduler.server_args.enable_streaming_session = True
+    kept = list("abc")
+    more: dict[str, Any] = {
+        "session_controller": SimpleNamespace(sessions=sessions),
+        "pool_stats_observer": SimpleNamespace(session_held_req_count=lambda: len(kept)),
+        "tree_cache": SimpleNamespace(**({"session_records": dict} if has_row_from_start else {})),
+        "waiting_queue": scheduler.waiting,
+    }
+    vars(scheduler).update(more)
+    scheduler.running = dict.fromkeys(kept, 10)
+    assert counting.held().requests == 0, "none of them has a turn"
+    sessions["a"]._inflight = True
+    assert counting.held().requests == 1, "a turn is computed, on the session's row"
+    sessions["b"]._inflight = True
+    turn = request("turn", 5)
+    turn.session = sessions["b"]
+    scheduler.waiting.append(turn)
+    assert counting.held().requests == 2, "another one waits"
+    scheduler.running["d"] = 10
+    sessions["d"] = SimpleNamespace(session_id="d", _inflight=True, req_nodes={})
+    if has_row_from_start:
+        kept.append("d")
+    assert counting.held().requests == 3, "a session's first turn is computed"
 
 
 @pytest.mark.parametrize(("release", "reports"), [("0.5.13.post1", False), ("0.5.14", True)])
@@ -485,6 +533,21 @@ def test_with_elastic_ep_the_gather_is_off_and_it_is_said(settings: Settings, ca
     assert "with elastic EP" in caplog.text
     assert hooks._hook
     hooks._hook.close()
+
+
+def test_a_node_that_joins_by_elastic_ep_does_not_take_a_live_ranks_name(
+    rank: Rank, settings: Settings, dispatcher: Dispatcher, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang numbers a joiner's schedulers from 0 again, and the name of the engine is alike on all nodes."""
+    scheduler = Scheduler()
+    scheduler.server_args.ep_join_rank_offset = 8
+    joiner = Rank(settings, scheduler)
+    joiner.step(request("theirs", 10))
+    rank.step(request("r", 70))
+    eventually(lambda: shows(dispatcher, holding=70, in_flight=0), "the live rank goes on reporting")
+    assert joiner.hooks._hook is None
+    (said,) = caplog.messages
+    assert "joins by elastic EP" in said
 
 
 class Store:

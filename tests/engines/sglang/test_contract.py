@@ -106,6 +106,23 @@ def test_a_scheduler_has_what_is_read_of_it(release: str) -> None:
     assert re.search(r"self\.dp_rank = dp_rank", source(release, "managers/load_snapshot.py"))
 
 
+def test_a_decode_servers_requests_without_a_row_and_sessions_without_a_turn_can_be_told(release: str) -> None:
+    text = source(release, "managers/scheduler.py")
+    names = ("disaggregation_mode", "disagg_decode_prealloc_queue", "pool_stats_observer", "session_controller")
+    for name in (*names, "waiting_queue", "tree_cache"):
+        assert f"self.{name}" in text, name
+    decode = source(release, "disaggregation/decode.py")
+    assert "self.queue: " in decode
+    assert "self.retracted_queue: " in decode
+    observer = source(release, "managers/scheduler_components/pool_stats_observer.py")
+    assert "def session_held_req_count(self)" in observer
+    assert ("session_records" in observer) == (targets.numbers(release) >= (0, 5, 22))
+    sessions = source(release, "session/session_controller.py")
+    for name in ("sessions", "session_id", "_inflight", "req_nodes"):
+        assert re.search(rf"self\.{name}\b", sessions), name
+    assert "self.session" in source(release, "managers/schedule_batch.py")
+
+
 def test_a_decode_servers_requests_are_counted_once_from_the_release_that_the_hook_reports(release: str) -> None:
     text = source(release, "managers/scheduler_components/load_inquirer.py")
     counts_once = "pending_token_queues = [decode_prealloc_queue, decode_retracted_queue]" in text
@@ -117,8 +134,11 @@ def test_a_server_says_where_its_nodes_meet_and_whether_ranks_come_and_go(releas
         name for name in wheel(release).namelist() if re.search(r"srt/(server_args|arg_groups/.*)\.py$", name)
     ]
     text = "".join(wheel(release).read(name).decode() for name in fields_of_a_server)
-    for name in ("nnodes", "node_rank", "dist_init_addr", "elastic_ep_backend", "port"):
+    names = ("nnodes", "node_rank", "dist_init_addr", "elastic_ep_backend", "port", "enable_streaming_session")
+    for name in names:
         assert re.search(rf"^    {name}: ", text, re.MULTILINE), name
+    if "ep_join_mode: " in text:  # from 0.5.16 a node may join a running server, its ranks numbered from 0
+        assert re.search(r"^    ep_join_rank_offset: ", text, re.MULTILINE)
 
 
 def test_sglangs_own_exchange_says_to_all_alike_whether_anybody_computes(release: str) -> None:
