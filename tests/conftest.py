@@ -6,6 +6,7 @@ Where CI=true a test that is left out is a failure: nobody reads there that a tr
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
@@ -28,6 +29,12 @@ def _failed_if_left_out(report: Report) -> Report:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"left out, which in CI is a failure: {reason}"
     return report
+
+
+def pytest_configure() -> None:
+    """What a shell puts in the background may ignore SIGINT, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
