@@ -167,8 +167,8 @@ def test_clocks_minutes_apart_change_nothing(plain: Stack, figures: Figures, ima
     shown = {}
     try:
         for name, target, shift, like in (
-            (late, "dispatcher", "-7m", plain.dispatchers[0]),
-            (early, "engine", "+11m", plain.container("engine")),
+            (late, "dispatcher", -7 * 60, plain.dispatchers[0]),
+            (early, "engine", 11 * 60, plain.container("engine")),
         ):
             environment = docker("inspect", "-f", "{{range .Config.Env}}{{println .}}{{end}}", like).splitlines()
             settings = [word for line in environment if line.startswith("DP_BALANCER_") for word in ("-e", line)]
@@ -178,20 +178,18 @@ def test_clocks_minutes_apart_change_nothing(plain: Stack, figures: Figures, ima
                 command = ["python", "-m", "scheduler_hooks.mock_engine", "--engine", "early", "--pool", "clocks"]
                 command += ["--form", "leader", "--ranks", "4", "--host", early, "--port", "30000", "--speed", "10"]
             docker("run", "-d", "--rm", "--name", name, "--network", f"{plain.project}_pool", "-v", volume,
-                   "-e", f"SHIFT={shift}", *settings, tags[target], *command)  # fmt: skip
-            shown[target] = int(
-                docker("exec", name, "/shifted", "python", "-c", "import time; print(int(time.time()))")
-            )
+                   "-e", f"SHIFT_S={shift}", *settings, tags[target], *command)  # fmt: skip
+            shown[target] = int(docker("exec", name, "python", "-c", "import time; print(int(time.time()))"))
         apart_s = shown["engine"] - shown["dispatcher"]
         assert apart_s > 17 * 60
-        command = ["/shifted", "python", "-m", "scheduler_hooks.demo.traffic", "--pool", "clocks", "--requests", "300"]
+        command = ["python", "-m", "scheduler_hooks.demo.traffic", "--pool", "clocks", "--requests", "300"]
         wait_until(lambda: b"early/3" in _engines(plain, "clocks"), "the engine has joined")
         out = docker("exec", late, *command, "--rate", "60", "--max-output", "30").splitlines()[-1]
     finally:
         for name in (late, early):
             subprocess.run(["docker", "rm", "-f", name], capture_output=True)
     counted = json.loads(out)
-    assert counted["answers"] == {"placed": 300}
+    assert counted["answers"] == {"placed": 300}, counted
     assert counted["ends"] == {"finished": 300}
     figures(f"Dispatcher and engine with clocks {apart_s // 60} minutes apart", "300 placed and finished")
 
