@@ -131,10 +131,11 @@ class PipelinedClient:
         `until_s` is a time of the monotonic clock.
         """
         left_s = until_s - time.monotonic()
-        if self._line is not None and not self._line.is_lost and left_s > self._patience_s * 15 / 16:
-            return await self._line.ask(*words)  # its own patience ends the wait
+        line = self.line
+        if line and left_s > self._patience_s * 15 / 16:
+            return await line.ask(*words)  # its own patience ends the wait
         async with asyncio.timeout(left_s):
-            line = self.line or await self._opened()
+            line = line or await self._opened()
             return await line.ask(*words)
 
     async def aclose(self) -> None:

@@ -9,6 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import redis
+
+from balancer.store import Store
+
 
 class Listener:
     """A port of this machine; each connection is served by a thread."""
@@ -75,3 +79,16 @@ def named(target: int, delay_s: float = 0.0) -> Iterator[Name]:
     """A name, whose replies take so long."""
     with closing(Name(target, delay_s)) as name:
         yield name
+
+
+def open_many(store: Store, client: redis.Redis, count: int) -> None:
+    """Have `store` open so many connections, by as many threads at once, and keep them; `client`: a plain one."""
+    threads = [threading.Thread(target=store.command, args=("BLPOP", f"gate-{at}", "20")) for at in range(count)]
+    for thread in threads:
+        thread.start()
+    while int(client.info("clients")["blocked_clients"]) < count:
+        time.sleep(0.005)
+    for at in range(count):
+        client.rpush(f"gate-{at}", "open")
+    for thread in threads:
+        thread.join()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import orjson
 
+from balancer.model import Placement
+
 log = logging.getLogger("balancer.access")
 
 
@@ -33,6 +35,11 @@ class Entry:
     ended: str = "whole"
     """`whole`, `client_gone`, `cut` (the engine broke off), `cut_by_us` (we stopped, or the client did not read),
     `refused` (by us), `defect` (of ours)."""
+
+    def place(self, placement: Placement, engine: str) -> None:
+        """It has just been decided where it goes."""
+        self.placed = time.monotonic()
+        self.rank, self.engine, self.outcome = placement.rank, engine, placement.outcome.value
 
     def write(self) -> None:
         """Write the line."""

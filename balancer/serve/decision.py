@@ -13,7 +13,6 @@ ends as always: the engine's hook acknowledges it, the proxy releases it, or its
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import orjson
@@ -30,26 +29,28 @@ from balancer.serve.inbound import Inbound
 from balancer.serve.options import Engine
 
 PREFIX = b"/balancer/v1/"
-_DISPATCH, _RELEASE, _AUTHORIZE = PREFIX + b"dispatch", PREFIX + b"release", PREFIX + b"authorize"
+_DISPATCH, _RELEASE, _AUTHORIZE = "/balancer/v1/dispatch", "/balancer/v1/release", "/balancer/v1/authorize"
 _MOST_DIGITS = 10
 Answered = tuple[int, wire.Headers, bytes]
 
 
 def endpoint_of(path: bytes) -> str:
     """Which of the paths above a request asks for, `other` where none."""
-    if path == _AUTHORIZE or path.startswith(_AUTHORIZE + b"/"):
-        return _AUTHORIZE.decode()
-    return path.decode() if path in (_DISPATCH, _RELEASE) else "other"
+    asked = path.decode("latin-1")
+    if asked.startswith(f"{_AUTHORIZE}/"):
+        return _AUTHORIZE
+    return asked if asked in (_DISPATCH, _RELEASE, _AUTHORIZE) else "other"
 
 
 async def decide(desk: Desk, request: Inbound, entry: Entry) -> Answered:
     """Answer a request to one of the paths above; what is decided is noted in `entry`."""
     try:
-        if request.path == _DISPATCH:
+        endpoint = endpoint_of(request.path)
+        if endpoint == _DISPATCH:
             return await _dispatch(desk, request, entry) if request.method == "POST" else _wrong_method()
-        if request.path == _RELEASE:
+        if endpoint == _RELEASE:
             return await _release(desk, request) if request.method == "POST" else _wrong_method()
-        if request.path == _AUTHORIZE or request.path.startswith(_AUTHORIZE + b"/"):
+        if endpoint == _AUTHORIZE:
             return await _authorize(desk, request, entry)
     except NoRank as error:
         status = status_of(error)
@@ -63,7 +64,7 @@ async def decide(desk: Desk, request: Inbound, entry: Entry) -> Answered:
 
 
 async def _dispatch(desk: Desk, request: Inbound, entry: Entry) -> Answered:
-    fields = await desk.tokens.beside(request.body, lambda: _object(request.body))
+    fields = await _fields(desk, request)
     path = path_of(str(fields.get("path", "/v1/completions")).encode())
     request_id = _given_id(fields.get("request_id"))
     tokens = fields.get("tokens")
@@ -90,7 +91,7 @@ async def _dispatch(desk: Desk, request: Inbound, entry: Entry) -> Answered:
 
 
 async def _release(desk: Desk, request: Inbound) -> Answered:
-    fields = await desk.tokens.beside(request.body, lambda: _object(request.body)) if request.body else {}
+    fields = await _fields(desk, request) if request.body else {}
     ids = fields.get(
         "request_ids", [fields.get("request_id") or (request.header(b"x-request-id") or b"").decode("latin-1")]
     )
@@ -141,14 +142,17 @@ def _is_number(told: bytes) -> bool:
 async def _place(desk: Desk, entry: Entry, request_id: str, tokens: int) -> tuple[Placement, Engine, int]:
     entry.request_id, entry.tokens = request_id, tokens
     placement, target, index = await desk.place(request_id, tokens)
-    entry.placed = time.monotonic()
-    entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
+    entry.place(placement, target.engine.name)
     desk.metrics.decided(placement.rank, placement.outcome.value)
     return placement, target.engine, index
 
 
 def _headers(engine: Engine, path: bytes, index: int, request_id: str) -> wire.Headers:
     return [*wire.rank_headers(engine, path, index), (b"X-Request-Id", wire.id_header(engine, request_id))]
+
+
+async def _fields(desk: Desk, request: Inbound) -> dict[str, Any]:
+    return await desk.tokens.beside(request.body, lambda: _object(request.body))
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -197,8 +197,7 @@ class Exchange:
             raise
         if lets_engine_choose and placement.outcome is Outcome.FALLBACK:
             return self._unplaced(failed)
-        entry.placed = time.monotonic()
-        entry.rank, entry.engine, entry.outcome = placement.rank, target.engine.name, placement.outcome.value
+        entry.place(placement, target.engine.name)
         desk.metrics.decided(placement.rank, placement.outcome.value)
         if placement.outcome is Outcome.FALLBACK:
             self._booked = False

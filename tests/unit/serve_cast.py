@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -125,3 +126,38 @@ async def read_answer(reader: asyncio.StreamReader, is_head: bool = False) -> An
     else:
         answer.body = await reader.read()
     return answer
+
+
+# -- a proxy of theirs before a replica; what is told of each is told here once
+
+COMPLETIONS = {"prompt": "hello " * 100, "max_tokens": 5}
+Proxy = Callable[[int, Path], contextlib.AbstractAsyncContextManager[int]]
+"""From a replica's port and a folder to the port of a proxy that asks it."""
+
+
+async def keeps_the_replicas_key(proxy: Proxy, key: str, settings: Settings, client: redis.Redis, folder: Path) -> None:
+    """With a key on the replica bookings are released, and engines do not get it."""
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2", api_keys=("secret",)) as (_, behind),
+        proxy(behind, folder) as port,
+    ):
+        assert (await ask(port, "/v1/completions", COMPLETIONS)).status == 401
+        for _ in range(4):
+            assert (await ask(port, "/v1/completions", COMPLETIONS, headers=f"{key}\r\n")).status == 200
+        assert len(posts(engine)) == 4
+        assert not any({"authorization", "x-api-key"} & headers.keys() for headers in posts(engine))
+        await until(lambda: in_flight(client) == 0, "the key came along to release them")
+
+
+async def passes_the_engines_key(proxy: Proxy, settings: Settings, folder: Path) -> None:
+    """Without one a client's key is the engine's."""
+    async with (
+        mock_engine(2) as (engine, at),
+        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2") as (_, behind),
+        proxy(behind, folder) as port,
+    ):
+        keys = "Authorization: Bearer theirs\r\nX-Api-Key: theirs\r\n"
+        assert (await ask(port, "/v1/completions", COMPLETIONS, headers=keys)).status == 200
+        (headers,) = posts(engine)
+        assert (headers["authorization"], headers["x-api-key"]) == ("Bearer theirs", "theirs")

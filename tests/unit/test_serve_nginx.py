@@ -16,11 +16,21 @@ from balancer import RankCounts, Reporter, Settings, in_flight_id
 from balancer.admin import PoolAdmin
 from balancer.marker import received_id
 from balancer.serve.workers import bound
-from tests.unit.serve_cast import HOST, ask, in_flight, mock_engine, posts, replica, until
+from tests.unit.serve_cast import (
+    COMPLETIONS,
+    HOST,
+    ask,
+    in_flight,
+    keeps_the_replicas_key,
+    mock_engine,
+    passes_the_engines_key,
+    posts,
+    replica,
+    until,
+)
 
 Join = Callable[..., Reporter]
 CONF = Path(__file__).parents[2] / "docker" / "nginx" / "nginx.conf"
-COMPLETIONS = {"prompt": "hello " * 100, "max_tokens": 5}
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -168,26 +178,8 @@ async def test_a_refusal_keeps_its_meaning_behind_nginx(settings: Settings, join
 async def test_with_a_key_on_the_replica_bookings_are_released_and_engines_do_not_get_it(
     key: str, settings: Settings, client: redis.Redis, tmp_path: Path
 ) -> None:
-    async with (
-        mock_engine(2) as (engine, at),
-        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2", api_keys=("secret",)) as (_, behind),
-        nginx(behind, tmp_path) as port,
-    ):
-        assert (await ask(port, "/v1/completions", COMPLETIONS)).status == 401
-        for _ in range(4):
-            assert (await ask(port, "/v1/completions", COMPLETIONS, headers=f"{key}\r\n")).status == 200
-        assert len(posts(engine)) == 4
-        assert not any({"authorization", "x-api-key"} & headers.keys() for headers in posts(engine))
-        await until(lambda: in_flight(client) == 0, "the key came along to release them")
+    await keeps_the_replicas_key(nginx, key, settings, client, tmp_path)
 
 
 async def test_without_one_a_clients_key_is_the_engines(settings: Settings, tmp_path: Path) -> None:
-    async with (
-        mock_engine(2) as (engine, at),
-        replica(settings, f"http://{HOST}:{at},kind=sglang,dp=2") as (_, behind),
-        nginx(behind, tmp_path) as port,
-    ):
-        keys = "Authorization: Bearer theirs\r\nX-Api-Key: theirs\r\n"
-        assert (await ask(port, "/v1/completions", COMPLETIONS, headers=keys)).status == 200
-        (headers,) = posts(engine)
-        assert (headers["authorization"], headers["x-api-key"]) == ("Bearer theirs", "theirs")
+    await passes_the_engines_key(nginx, settings, tmp_path)

@@ -23,6 +23,7 @@ from balancer.model import Incarnation, Report
 from balancer.store import AsyncStore, Store
 from tests.crowd import crowd
 from tests.either import Awaited
+from tests.paths import open_many
 
 BUDGET_MS = 400
 PATIENT_MS = 10_000
@@ -211,19 +212,11 @@ def test_each_of_many_threads_has_a_connection_and_they_are_kept_for_the_next(
     server: EmbeddedRedis, plain: redis.Redis
 ) -> None:
     patient = Store(Settings(url=server.url, pool="p", budget_ms=60_000))
-    threads = [threading.Thread(target=patient.command, args=("BLPOP", f"gate-{at}", "20")) for at in range(150)]
     before = opened(plain)
-    for thread in threads:
-        thread.start()
-    while int(plain.info("clients")["blocked_clients"]) < len(threads):
-        time.sleep(0.01)
-    for at in range(len(threads)):
-        plain.rpush(f"gate-{at}", "open")
-    for thread in threads:
-        thread.join()
-    assert opened(plain) == before + len(threads)
+    open_many(patient, plain, 150)
+    assert opened(plain) == before + 150
     patient.command("PING")
-    assert opened(plain) == before + len(threads)
+    assert opened(plain) == before + 150
     patient.close()
 
 

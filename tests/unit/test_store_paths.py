@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,7 +18,7 @@ from balancer.model import Incarnation
 from balancer.names import Names
 from balancer.store import AsyncStore, Store
 from tests.either import Awaited
-from tests.paths import Listener, named
+from tests.paths import Listener, named, open_many
 
 SLACK_S = 0.3
 """What two crowded cores may add."""
@@ -127,15 +126,7 @@ def test_threads_whose_paths_have_died_unsaid_lose_one_try_between_them_and_not_
 ) -> None:
     with named(redis_server.port) as name:
         subject = Store(Settings(url=url_of(name.port), pool="p", budget_ms=4_000, tries=4))
-        threads = [threading.Thread(target=subject.command, args=("BLPOP", f"gate-{at}", "5")) for at in range(8)]
-        for thread in threads:
-            thread.start()
-        while int(client.info("clients")["blocked_clients"]) < len(threads):
-            time.sleep(0.005)
-        for at in range(len(threads)):
-            client.rpush(f"gate-{at}", "open")
-        for thread in threads:
-            thread.join()
+        open_many(subject, client, 8)
         name.lose_open_paths()
         assert subject.run(JOIN).epoch > 0, "the second of four tries opens a new connection"
         subject.close()
