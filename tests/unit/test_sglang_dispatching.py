@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +17,7 @@ from scheduler_hooks.plugin import PluginSettings
 from scheduler_hooks.sglang import dispatching, joined, tally, targets
 from scheduler_hooks.sglang.dispatching import Dispatching
 from tests.clock import Clock
+from tests.unit.sglang_cast import hook_all_but_the_first
 
 Join = Callable[..., Reporter]
 
@@ -341,10 +341,7 @@ def test_a_controller_that_sglang_has_not_hooked_is_named_and_left_alone(
     settings: Settings, join: Join, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SGLang only logs a hook that it could not apply; here the real question is asked of a registry."""
-    registry = ModuleType("sglang.srt.plugins.hook_registry")
-    hooked = {target.path: object() for target in targets.CONTROLLER_TARGETS[1:]}
-    registry.HookRegistry = SimpleNamespace(_patched=hooked)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)
+    hook_all_but_the_first(monkeypatch, targets.CONTROLLER_TARGETS)
     monkeypatch.setattr(dispatching, "not_applied", targets.not_applied)
     join("e", 4)
     server = Server(settings, Controller())

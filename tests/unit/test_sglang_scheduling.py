@@ -8,9 +8,8 @@ or in `tests/e2e/test_sglang_gather`.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from scheduler_hooks.sglang import agreement, scheduling, targets
 from scheduler_hooks.sglang.agreement import Agreement
 from scheduler_hooks.sglang.counting import Counting
 from scheduler_hooks.sglang.scheduling import Scheduling
+from tests.unit.sglang_cast import hook_all_but_the_first
 
 Eventually = Callable[..., None]
 
@@ -455,10 +455,7 @@ def test_a_release_that_counts_a_decode_servers_requests_twice_is_not_reported(
 def test_a_scheduler_that_sglang_has_not_hooked_is_named_and_not_reported(
     settings: Settings, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry = ModuleType("sglang.srt.plugins.hook_registry")
-    hooked = {target.path: object() for target in targets.SCHEDULER_TARGETS[1:]}
-    registry.HookRegistry = SimpleNamespace(_patched=hooked)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", registry)
+    hook_all_but_the_first(monkeypatch, targets.SCHEDULER_TARGETS)
     monkeypatch.setattr(scheduling, "not_applied", targets.not_applied)
     rank = Rank(settings)
     rank.step(request("r", 10))
